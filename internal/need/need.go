@@ -1,0 +1,81 @@
+// Package need says what a test needs of the machine. Where a need is absent
+// the test is skipped, and fails instead where the environment variable
+// M3O_NEED names that need or is "all": CI sets it, so nothing may skip there.
+// Only tests import it.
+package need
+
+import (
+	"os"
+	"os/exec"
+	"path/filepath"
+	goruntime "runtime"
+	"slices"
+	"strings"
+	"testing"
+)
+
+func lack(t testing.TB, what, why string) {
+	t.Helper()
+	for n := range strings.SplitSeq(os.Getenv("M3O_NEED"), ",") {
+		if n == what || n == "all" {
+			t.Fatalf("need %s: %s (M3O_NEED says this machine has it; make deps installs it)", what, why)
+		}
+	}
+	t.Skipf("need %s: %s", what, why)
+}
+
+// Root needs to run as root on Linux.
+func Root(t testing.TB) {
+	t.Helper()
+	if goruntime.GOOS != "linux" || os.Geteuid() != 0 {
+		lack(t, "root", "not root on Linux")
+	}
+}
+
+// Program needs a program on PATH and returns its path.
+func Program(t testing.TB, name string) string {
+	t.Helper()
+	p, err := exec.LookPath(name)
+	if err != nil {
+		lack(t, name, err.Error())
+	}
+	return p
+}
+
+// Bin needs a binary that make build puts into the repository's bin
+// directory (m3o-shim, runc, buildkitd …) and returns its absolute path.
+func Bin(t testing.TB, name string) string {
+	t.Helper()
+	p := filepath.Join(RepoRoot(t), "bin", name)
+	if fi, err := os.Stat(p); err != nil || fi.Mode()&0o111 == 0 {
+		lack(t, "bin", "bin/"+name+" is not built; run make build")
+	}
+	return p
+}
+
+// Registry needs the Go module proxy: a build inside the test downloads modules.
+func Registry(t testing.TB) {
+	t.Helper()
+	if slices.Contains([]string{"", "off"}, goEnv(t, "GOPROXY")) {
+		lack(t, "registry", "GOPROXY is off")
+	}
+}
+
+// RepoRoot is the directory of the project's go.mod.
+func RepoRoot(t testing.TB) string {
+	t.Helper()
+	mod := goEnv(t, "GOMOD")
+	if mod == "" || mod == os.DevNull {
+		t.Fatal("not inside the module")
+	}
+	return filepath.Dir(mod)
+}
+
+func goEnv(t testing.TB, key string) string {
+	t.Helper()
+	out, err := exec.Command("go", "env", key).Output()
+	if err != nil {
+		t.Fatalf("go env %s: %v", key, err)
+	}
+	return strings.TrimSpace(string(out))
+}

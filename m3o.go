@@ -1,0 +1,138 @@
+// Package m3o holds the words every other package shares: what an app, a
+// source, a build, a release, an instance and a route are, how a name is
+// checked, and how a failure is told. It does no I/O and imports nothing of
+// the project, so that any package may import it.
+package m3o
+
+import (
+	"fmt"
+	"time"
+)
+
+// An App is one deployable service: a git repository, its releases and its
+// host name <Name>.<domain>.
+type App struct {
+	Name    string    // unique, see CheckAppName
+	Owner   string    // user name of who created it
+	Branch  string    // the branch whose pushes deploy; "main" when empty
+	Created time.Time // UTC
+	Private bool      // true: the published URL asks for a token
+}
+
+// DeployBranch is the branch whose pushes deploy the app.
+func (a App) DeployBranch() string {
+	if a.Branch == "" {
+		return "main"
+	}
+	return a.Branch
+}
+
+// A Source names one tree to build and where its objects are. The objects of
+// a push sit in a quarantine until git accepts the push.
+type Source struct {
+	App        string
+	Repo       string   // absolute path of the bare repository
+	Quarantine string   // absolute object directory to read before Repo's own; "" when none
+	Ref        string   // full ref name, refs/heads/main
+	Old        string   // commit the ref had before, "" for a new ref
+	Commit     string   // 40 hex digits
+	User       string   // who caused it
+	Via        string   // "git push", "rollback", "webhook" …
+	Options    []string // git push options, as sent
+}
+
+// BuildStatus says how far a build has come.
+type BuildStatus string
+
+// The statuses of a build, in order. A build ends Succeeded, Failed or Cancelled.
+const (
+	BuildRunning   BuildStatus = "running"
+	BuildSucceeded BuildStatus = "succeeded"
+	BuildFailed    BuildStatus = "failed"
+	BuildCancelled BuildStatus = "cancelled"
+)
+
+// A Build records one run of BuildKit for an app.
+type Build struct {
+	App      string
+	Number   int // 1, 2, 3 … per app
+	Status   BuildStatus
+	Commit   string
+	Message  string // subject line of the commit
+	User     string
+	Image    string // digest, "sha256:…"; empty unless Succeeded
+	Error    string // the one line the pusher saw last; empty unless Failed
+	Started  time.Time
+	Finished time.Time // zero while running
+}
+
+// A Process is one process type of a release: what it runs and how many.
+type Process struct {
+	Command  []string // argv; never through a shell
+	Replicas int
+	Port     int // the port it listens on, injected as PORT; 0 for a worker
+}
+
+// A Health check decides when an instance may get requests.
+type Health struct {
+	Kind    string        // "grpc", "http", "tcp", or "" to detect: gRPC health where served, else TCP
+	Path    string        // HTTP only
+	Timeout time.Duration // how long an instance may take to become healthy; 0 means 60 s
+}
+
+// A Release is the whole of what runs: immutable once written. Rolling back
+// writes a new release that repeats an old one's Image, Processes, Config and
+// Descriptors.
+type Release struct {
+	App         string
+	Version     int    // 1, 2, 3 … per app, printed as v1
+	Image       string // manifest digest, "sha256:…", in the daemon's content store
+	Config      int    // revision of the app's config
+	Processes   map[string]Process
+	Command     []string // the release command, nil when none
+	Health      Health
+	Descriptors string // digest of the FileDescriptorSet, "sha256:…"; "" when the app has none
+	Commit      string
+	Message     string // subject line of the commit
+	Reason      string // "git push", "rollback to v3", "config set FOO"
+	User        string
+	Build       int // number of the build that made Image
+	Created     time.Time
+}
+
+// Name is the release as people write it: v12.
+func (r Release) Name() string { return fmt.Sprintf("v%d", r.Version) }
+
+// Phase says how an instance is.
+type Phase string
+
+// The phases of an instance. Only Ready instances get requests.
+const (
+	Starting  Phase = "starting"
+	Ready     Phase = "ready"
+	Unhealthy Phase = "unhealthy"
+	Draining  Phase = "draining"
+	Exited    Phase = "exited"
+)
+
+// An Instance is one running copy of a process type of a release.
+type Instance struct {
+	App      string
+	Process  string // process type: web, worker …
+	Release  int
+	ID       string // unique on this installation, a valid host name label
+	Addr     string // "ip:port" for the router; "" for a worker
+	Phase    Phase
+	Exit     int // exit code, valid once Exited; 128+n for signal n
+	OOM      bool
+	Restarts int
+	At       time.Time // when Phase was entered
+}
+
+// A Route sends the requests of one host to the ready instances of one release.
+type Route struct {
+	Host      string // lower case, no port
+	App       string
+	Release   int
+	Endpoints []string // "ip:port"
+}
