@@ -16,7 +16,6 @@ type App struct {
 	Owner   string    // user name of who created it
 	Branch  string    // the branch whose pushes deploy; "main" when empty
 	Created time.Time // UTC
-	Private bool      // true: the published URL asks for a token
 }
 
 // DeployBranch is the branch whose pushes deploy the app.

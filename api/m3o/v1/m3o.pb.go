@@ -999,11 +999,10 @@ type App struct {
 	GitUrl        string                 `protobuf:"bytes,5,opt,name=git_url,json=gitUrl,proto3" json:"git_url,omitempty"` // ssh://m3o@host:port/app
 	Status        string                 `protobuf:"bytes,6,opt,name=status,proto3" json:"status,omitempty"`               // "no release", "running", "deploying", "down"
 	Release       string                 `protobuf:"bytes,7,opt,name=release,proto3" json:"release,omitempty"`             // v12, "" before the first
-	Private       bool                   `protobuf:"varint,8,opt,name=private,proto3" json:"private,omitempty"`
-	Created       *timestamppb.Timestamp `protobuf:"bytes,9,opt,name=created,proto3" json:"created,omitempty"`
-	Released      *timestamppb.Timestamp `protobuf:"bytes,10,opt,name=released,proto3" json:"released,omitempty"`
-	Instances     int32                  `protobuf:"varint,11,opt,name=instances,proto3" json:"instances,omitempty"` // ready ones
-	Commit        string                 `protobuf:"bytes,12,opt,name=commit,proto3" json:"commit,omitempty"`
+	Created       *timestamppb.Timestamp `protobuf:"bytes,8,opt,name=created,proto3" json:"created,omitempty"`
+	Released      *timestamppb.Timestamp `protobuf:"bytes,9,opt,name=released,proto3" json:"released,omitempty"`
+	Instances     int32                  `protobuf:"varint,10,opt,name=instances,proto3" json:"instances,omitempty"` // ready ones
+	Commit        string                 `protobuf:"bytes,11,opt,name=commit,proto3" json:"commit,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1087,13 +1086,6 @@ func (x *App) GetRelease() string {
 	return ""
 }
 
-func (x *App) GetPrivate() bool {
-	if x != nil {
-		return x.Private
-	}
-	return false
-}
-
 func (x *App) GetCreated() *timestamppb.Timestamp {
 	if x != nil {
 		return x.Created
@@ -1126,7 +1118,6 @@ type CreateAppRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"` // a readable random one when empty
 	Branch        string                 `protobuf:"bytes,2,opt,name=branch,proto3" json:"branch,omitempty"`
-	Private       bool                   `protobuf:"varint,3,opt,name=private,proto3" json:"private,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1173,13 +1164,6 @@ func (x *CreateAppRequest) GetBranch() string {
 		return x.Branch
 	}
 	return ""
-}
-
-func (x *CreateAppRequest) GetPrivate() bool {
-	if x != nil {
-		return x.Private
-	}
-	return false
 }
 
 type CreateAppResponse struct {
@@ -3087,7 +3071,7 @@ const file_m3o_v1_m3o_proto_rawDesc = "" +
 	"\x11CreateUserRequest\x12\x12\n" +
 	"\x04user\x18\x01 \x01(\tR\x04user\x12\x14\n" +
 	"\x05admin\x18\x02 \x01(\bR\x05admin\"\x14\n" +
-	"\x12CreateUserResponse\"\xe2\x02\n" +
+	"\x12CreateUserResponse\"\xc8\x02\n" +
 	"\x03App\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
 	"\x05owner\x18\x02 \x01(\tR\x05owner\x12\x16\n" +
@@ -3095,17 +3079,15 @@ const file_m3o_v1_m3o_proto_rawDesc = "" +
 	"\x03url\x18\x04 \x01(\tR\x03url\x12\x17\n" +
 	"\agit_url\x18\x05 \x01(\tR\x06gitUrl\x12\x16\n" +
 	"\x06status\x18\x06 \x01(\tR\x06status\x12\x18\n" +
-	"\arelease\x18\a \x01(\tR\arelease\x12\x18\n" +
-	"\aprivate\x18\b \x01(\bR\aprivate\x124\n" +
-	"\acreated\x18\t \x01(\v2\x1a.google.protobuf.TimestampR\acreated\x126\n" +
-	"\breleased\x18\n" +
-	" \x01(\v2\x1a.google.protobuf.TimestampR\breleased\x12\x1c\n" +
-	"\tinstances\x18\v \x01(\x05R\tinstances\x12\x16\n" +
-	"\x06commit\x18\f \x01(\tR\x06commit\"X\n" +
+	"\arelease\x18\a \x01(\tR\arelease\x124\n" +
+	"\acreated\x18\b \x01(\v2\x1a.google.protobuf.TimestampR\acreated\x126\n" +
+	"\breleased\x18\t \x01(\v2\x1a.google.protobuf.TimestampR\breleased\x12\x1c\n" +
+	"\tinstances\x18\n" +
+	" \x01(\x05R\tinstances\x12\x16\n" +
+	"\x06commit\x18\v \x01(\tR\x06commit\">\n" +
 	"\x10CreateAppRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x16\n" +
-	"\x06branch\x18\x02 \x01(\tR\x06branch\x12\x18\n" +
-	"\aprivate\x18\x03 \x01(\bR\aprivate\"2\n" +
+	"\x06branch\x18\x02 \x01(\tR\x06branch\"2\n" +
 	"\x11CreateAppResponse\x12\x1d\n" +
 	"\x03app\x18\x01 \x01(\v2\v.m3o.v1.AppR\x03app\"\x11\n" +
 	"\x0fListAppsRequest\"3\n" +
