@@ -1,0 +1,3 @@
+module example.com/broken-exit
+
+go 1.26.8

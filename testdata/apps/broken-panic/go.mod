@@ -1,0 +1,3 @@
+module example.com/broken-panic
+
+go 1.26.8

@@ -1,0 +1,3 @@
+module example.com/no-main
+
+go 1.26.8
