@@ -1,0 +1,182 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"strconv"
+	"time"
+
+	"connectrpc.com/connect"
+
+	m3ov1 "github.com/m3o/m3o/api/m3o/v1"
+)
+
+func runBuilds(ctx context.Context, c *call) error {
+	limit, err := c.number("number", 0, 1, 1000)
+	if err != nil {
+		return err
+	}
+	app, cl, err := c.withApp(ctx)
+	if err != nil {
+		return err
+	}
+	res, err := ask(ctx, cl.builds.List, &m3ov1.ListBuildsRequest{App: app, Limit: int32(limit)})
+	if err != nil {
+		return err
+	}
+	return c.result(res, func() {
+		if len(res.GetBuilds()) == 0 {
+			c.say("%s has no builds yet", app)
+			c.hint("git push m3o main")
+			return
+		}
+		var rows [][]string
+		for _, b := range res.GetBuilds() {
+			what := b.GetError()
+			if what == "" {
+				what = b.GetMessage()
+			}
+			length := ""
+			if b.GetStarted().IsValid() && b.GetFinished().IsValid() {
+				length = took(b.GetFinished().AsTime().Sub(b.GetStarted().AsTime()).Milliseconds())
+			}
+			rows = append(rows, []string{strconv.Itoa(int(b.GetNumber())), c.status(plain(b.GetStatus())), short(plain(b.GetCommit())),
+				plain(b.GetUser()), c.when(b.GetStarted()), length, plain(what)})
+		}
+		c.table([]string{"BUILD", "STATUS", "COMMIT", "BY", "WHEN", "TOOK", "WHAT"}, rows)
+	})
+}
+
+func runBuildsOutput(ctx context.Context, c *call) error {
+	req := &m3ov1.BuildOutputRequest{Follow: c.has("follow")}
+	if len(c.args) > 0 {
+		n, err := strconv.ParseInt(c.args[0], 10, 32)
+		if err != nil || n < 1 {
+			return misuse(quoted(c.args[0])+" is no build", "they are called 1, 2, 3 …; m3o builds lists them")
+		}
+		req.Number = int32(n)
+	}
+	app, cl, err := c.withApp(ctx)
+	if err != nil {
+		return err
+	}
+	req.App = app
+	stream, err := cl.builds.Output(ctx, connect.NewRequest(req))
+	lines := &lineWriter{system: c.system}
+	err = receive(ctx, cl, stream, err, func(m *m3ov1.BuildOutputResponse) error {
+		if c.has("json") {
+			return c.jsonLine(m)
+		}
+		_, err := lines.Write(m.GetData())
+		return err
+	})
+	lines.flush()
+	return err
+}
+
+// A lineWriter passes a stream of bytes on to stdout, line by line where a
+// person watches so that text can clean each.
+type lineWriter struct {
+	*system
+	rest []byte
+}
+
+// maxLine is where a line without an end is broken.
+const maxLine = 64 << 10
+
+func (w *lineWriter) Write(p []byte) (int, error) {
+	if !w.outTerminal {
+		return w.out.Write(p)
+	}
+	w.rest = append(w.rest, p...)
+	for {
+		line, rest, ok := bytes.Cut(w.rest, []byte("\n"))
+		if !ok && len(w.rest) < maxLine {
+			return len(p), nil
+		}
+		if _, err := w.out.Write([]byte(w.text(string(line)) + "\n")); err != nil {
+			return 0, err
+		}
+		w.rest = rest
+	}
+}
+
+// flush writes the last line when it has no end.
+func (w *lineWriter) flush() {
+	if len(w.rest) > 0 {
+		_, _ = w.out.Write([]byte(w.text(string(w.rest)) + "\n"))
+		w.rest = nil
+	}
+}
+
+func runPs(ctx context.Context, c *call) error {
+	app, cl, err := c.withApp(ctx)
+	if err != nil {
+		return err
+	}
+	res, err := ask(ctx, cl.processes.List, &m3ov1.ListInstancesRequest{App: app})
+	if err != nil {
+		return err
+	}
+	return c.result(res, func() {
+		if len(res.GetInstances()) == 0 {
+			c.say("%s has no instances", app)
+			c.hint("m3o info -a %s", app)
+			return
+		}
+		var rows [][]string
+		for _, i := range res.GetInstances() {
+			phase := c.status(plain(i.GetPhase()))
+			switch {
+			case i.GetOom():
+				phase += " (out of memory)"
+			case i.GetPhase() == "exited":
+				phase += " (" + strconv.Itoa(int(i.GetExit())) + ")"
+			}
+			rows = append(rows, []string{plain(i.GetProcess()), plain(i.GetId()), plain(i.GetRelease()), phase,
+				strconv.Itoa(int(i.GetRestarts())), c.when(i.GetSince())})
+		}
+		c.table([]string{"PROCESS", "INSTANCE", "RELEASE", "PHASE", "RESTARTS", "SINCE"}, rows)
+	})
+}
+
+func runLogs(ctx context.Context, c *call) error {
+	n, err := c.number("number", 0, 1, 100_000)
+	if err != nil {
+		return err
+	}
+	app, cl, err := c.withApp(ctx)
+	if err != nil {
+		return err
+	}
+	stream, err := cl.processes.Logs(ctx, connect.NewRequest(&m3ov1.LogsRequest{App: app, Process: c.value("process"),
+		Lines: int32(n), Follow: c.has("follow")}))
+	return receive(ctx, cl, stream, err, func(m *m3ov1.LogsResponse) error {
+		if c.has("json") {
+			return c.jsonLine(m)
+		}
+		c.print("%s\n", c.logLine(m))
+		return nil
+	})
+}
+
+// logLine is Heroku's form of a log line: time source[process.instance]: text.
+func (s *system) logLine(m *m3ov1.LogsResponse) string {
+	form := time.RFC3339Nano
+	at := m.GetTime().AsTime().UTC()
+	if s.outTerminal {
+		form, at = "15:04:05.000", at.Local()
+	}
+	who := m.GetSource()
+	switch {
+	case m.GetInstance() != "" && m.GetProcess() != "":
+		who += "[" + m.GetProcess() + "." + m.GetInstance() + "]"
+	case m.GetProcess() != "":
+		who += "[" + m.GetProcess() + "]"
+	}
+	colour := green
+	if m.GetStream() == "stderr" {
+		colour = yellow
+	}
+	return at.Format(form) + " " + s.paint(colour, plain(who)+":") + " " + s.text(m.GetText())
+}
