@@ -1,0 +1,117 @@
+package build
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"regexp"
+	"strings"
+	"syscall"
+
+	"github.com/m3o/m3o"
+	gatewaypb "github.com/moby/buildkit/frontend/gateway/pb"
+	"github.com/moby/buildkit/util/grpcerrors"
+)
+
+const noSpace = "no space left on device"
+
+// disk says a full disk in those words; other errors go through.
+func disk(err error) error {
+	if err != nil && (errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) || strings.Contains(err.Error(), noSpace)) {
+		return diskFull(err)
+	}
+	return err
+}
+
+func diskFull(err error) error {
+	return &m3o.Error{Kind: m3o.Unavailable, Msg: "the disk of the build machine is full", Hint: "free space there, then push again", Err: err}
+}
+
+// explain turns a failed solve into what the pusher can act on. layer is why
+// the result could not be written, if that is it.
+func (b *Builder) explain(ctx context.Context, gen int, err, layer error, out *output) error {
+	if ctx.Err() != nil {
+		return fmt.Errorf("build: %w", context.Cause(ctx))
+	}
+	said := out.said()
+	if x, ok := errors.AsType[*gatewaypb.ExitError](err); ok && !b.diedSince(gen) {
+		return explainExit(x.ExitCode, said, err)
+	}
+	if layer != nil && !errors.Is(layer, io.ErrClosedPipe) {
+		if d := disk(layer); d != layer {
+			return d
+		}
+	}
+	switch {
+	case strings.Contains(err.Error(), noSpace):
+		return diskFull(err)
+	case b.diedSince(gen), grpcerrors.Code(err).String() == "Unavailable":
+		return &m3o.Error{Kind: m3o.Unavailable, Msg: "the builder stopped; push again", Err: err}
+	}
+	return fmt.Errorf("build: %w", errors.Join(err, layer))
+}
+
+// The forms in which the Go tools say what is wrong.
+var (
+	compileError = regexp.MustCompile(`^(?:vet: )?\S+\.(?:go|s|mod|sum|work):\d+(?::\d+)?: `)
+	tooMany      = regexp.MustCompile(`: too many errors$|^too many errors$`)
+	goSays       = regexp.MustCompile(`^go: `)
+	downloading  = regexp.MustCompile(`^go: (?:downloading|finding|extracting) `)
+	fetching     = regexp.MustCompile(`dial tcp|i/o timeout|connection refused|no such host|TLS handshake|: 50[0-9] |unexpected EOF|temporary failure|server misbehaving`)
+	noFiles      = regexp.MustCompile(`build constraints exclude all Go files in (\S+)`)
+	sumMissing   = regexp.MustCompile(`missing go\.sum entry|updates to go\.(?:mod|sum) needed|inconsistent vendoring`)
+	notRequired  = regexp.MustCompile(`no required module provides package|cannot find module providing package|is not in std`)
+	wrongSum     = regexp.MustCompile(`checksum mismatch|SECURITY ERROR`)
+)
+
+// explainExit finds the one line of what the tools said that names the fault.
+func explainExit(code uint32, said []string, err error) error {
+	all := strings.Join(said, "\n")
+	if strings.Contains(all, noSpace) {
+		return diskFull(err)
+	}
+	if code == 137 || strings.Contains(all, "signal: killed") {
+		return &m3o.Error{Kind: m3o.Unavailable, Msg: "the build was killed: it needed more memory than builds may use", Hint: "push again, or raise the daemon's memory for builds", Err: err}
+	}
+	line := ""
+	for _, s := range said {
+		s = strings.TrimSpace(s)
+		if s == "" || strings.HasPrefix(s, "#") || tooMany.MatchString(s) || downloading.MatchString(s) {
+			continue
+		}
+		// The last one that names a place; else the last go itself says; else the last.
+		if rank(s) >= rank(line) {
+			line = s
+		}
+	}
+	if line == "" {
+		return &m3o.Error{Kind: m3o.Invalid, Msg: fmt.Sprintf("go build ended with exit code %d and said nothing", code), Err: err}
+	}
+	e := &m3o.Error{Kind: m3o.Invalid, Msg: line, Hint: "fix it, commit and push again", Err: err}
+	switch {
+	case wrongSum.MatchString(all):
+		e.Hint = "a module is not what go.sum says: run go mod verify, then go mod tidy, and commit"
+	case fetching.MatchString(line):
+		e.Kind, e.Hint = m3o.Unavailable, "a module could not be fetched: push again, or check GOPROXY of the daemon"
+	case sumMissing.MatchString(all):
+		e.Hint = "run go mod tidy and commit go.mod and go.sum"
+	case notRequired.MatchString(all):
+		e.Hint = "run go mod tidy and commit go.mod and go.sum; a package of your own must be committed too"
+	case noFiles.MatchString(all):
+		e.Hint = "a package that needs cgo cannot be built: there is no C compiler. Use one written in Go"
+	}
+	return e
+}
+
+func rank(s string) int {
+	switch {
+	case s == "":
+		return 0
+	case compileError.MatchString(s):
+		return 3
+	case goSays.MatchString(s):
+		return 2
+	}
+	return 1
+}

@@ -1,0 +1,61 @@
+package build
+
+import (
+	"time"
+
+	"github.com/moby/buildkit/client"
+	"github.com/opencontainers/go-digest"
+)
+
+// Names of the graph's vertices, as they appear in Result.Steps.
+const (
+	stepRoot   = "toolchain"
+	stepSource = "source"
+	stepBuild  = "go build"
+)
+
+// A watch follows a solve: it passes the tools' output on and takes the times.
+type watch struct {
+	out   *output
+	order []digest.Digest
+	seen  map[digest.Digest]*client.Vertex
+	tools map[digest.Digest]bool
+}
+
+func newWatch(out *output) *watch {
+	return &watch{out: out, seen: map[digest.Digest]*client.Vertex{}, tools: map[digest.Digest]bool{}}
+}
+
+func (w *watch) run(status <-chan *client.SolveStatus) {
+	for s := range status {
+		for _, v := range s.Vertexes {
+			if w.seen[v.Digest] == nil {
+				w.order = append(w.order, v.Digest)
+			}
+			w.seen[v.Digest] = v
+			w.tools[v.Digest] = v.Name == stepBuild
+			if v.Name == stepBuild && v.Cached {
+				w.out.more("Nothing changed since an earlier build")
+			}
+		}
+		for _, l := range s.Logs {
+			if w.tools[l.Vertex] {
+				w.out.tool(l.Data)
+			}
+		}
+	}
+}
+
+// steps are the vertices in the order they came up. A vertex that was not run has no time.
+func (w *watch) steps() []Step {
+	var out []Step
+	for _, d := range w.order {
+		v := w.seen[d]
+		s := Step{Name: v.Name, Cached: v.Cached}
+		if v.Started != nil && v.Completed != nil {
+			s.Took = v.Completed.Sub(*v.Started).Round(time.Millisecond)
+		}
+		out = append(out, s)
+	}
+	return out
+}
