@@ -324,7 +324,7 @@ func TestTokens(t *testing.T) {
 	if err != nil || !strings.HasPrefix(tok.Reveal(), "m3o_") || len(tok.Reveal()) != 4+43 {
 		t.Fatalf("token of %d characters, %v", len(tok.Reveal()), err)
 	}
-	if who, err := f.Verify(ctx, tok); err != nil || who != (Who{User: "ada", Admin: true, Via: "tok"}) {
+	if who, err := f.Verify(ctx, tok); err != nil || who != (Who{User: "ada", Admin: true, Via: "token"}) {
 		t.Errorf("Verify = %+v, %v", who, err)
 	}
 	for _, bad := range []m3o.Secret{"", "m3o_", tok + "x", tok[:len(tok)-1], m3o.Secret(hash(tok))} {
