@@ -187,6 +187,15 @@ func (p *push) converse() {
 	}
 	p.called = true
 	p.timer.Stop()
+	// A forged end makes the hook say more than was read: it must neither block
+	// nor die of it, or the pusher would not learn why.
+	drained := make(chan struct{})
+	go func() {
+		defer close(drained)
+		_, _ = io.Copy(io.Discard, p.ours[0])
+	}()
+	defer func() { _ = p.ours[0].Close(); <-drained }()
+	defer func() { <-p.git.exited }()
 	p.known = <-p.header // git has read it, so it is there
 	h := p.known
 
@@ -203,6 +212,7 @@ func (p *push) converse() {
 			p.last(out)
 		}
 		_ = out.Close()
+		p.kill = time.AfterFunc(2*p.lim.Finish, func() { p.git.signal(syscall.SIGKILL) })
 		p.verdict(d.accept)
 	case <-p.ctx.Done():
 		// git is told at once; the deploy stops in its own time.
@@ -217,7 +227,6 @@ func (p *push) converse() {
 		p.done(d, false, io.Discard)
 		return
 	}
-	p.kill = time.AfterFunc(2*p.lim.Finish, func() { p.git.signal(syscall.SIGKILL) })
 	p.farewell(h.header, d)
 }
 
