@@ -50,7 +50,7 @@ func runBuilds(ctx context.Context, c *call) error {
 func runBuildsOutput(ctx context.Context, c *call) error {
 	req := &m3ov1.BuildOutputRequest{Follow: c.has("follow")}
 	if len(c.args) > 0 {
-		n, err := strconv.ParseInt(c.args[0], 10, 32)
+		n, err := strconv.ParseUint(c.args[0], 10, 31)
 		if err != nil || n < 1 {
 			return misuse(quoted(c.args[0])+" is no build", "they are called 1, 2, 3 …; m3o builds lists them")
 		}
@@ -63,7 +63,7 @@ func runBuildsOutput(ctx context.Context, c *call) error {
 	req.App = app
 	stream, err := cl.builds.Output(ctx, connect.NewRequest(req))
 	lines := &lineWriter{system: c.system}
-	err = receive(ctx, cl, stream, err, func(m *m3ov1.BuildOutputResponse) error {
+	err = receive(ctx, cl, req.GetFollow(), stream, err, func(m *m3ov1.BuildOutputResponse) error {
 		if c.has("json") {
 			return c.jsonLine(m)
 		}
@@ -151,7 +151,7 @@ func runLogs(ctx context.Context, c *call) error {
 	}
 	stream, err := cl.processes.Logs(ctx, connect.NewRequest(&m3ov1.LogsRequest{App: app, Process: c.value("process"),
 		Lines: int32(n), Follow: c.has("follow")}))
-	return receive(ctx, cl, stream, err, func(m *m3ov1.LogsResponse) error {
+	return receive(ctx, cl, c.has("follow"), stream, err, func(m *m3ov1.LogsResponse) error {
 		if c.has("json") {
 			return c.jsonLine(m)
 		}

@@ -265,22 +265,22 @@ func (c caller) WrapStreamingHandler(next connect.StreamingHandlerFunc) connect.
 	return next
 }
 
-// receive hands every message of a stream to each. A stream that the user
-// ends by Ctrl-C has ended well.
-func receive[T any](ctx context.Context, cl *client, stream *connect.ServerStreamForClient[T], err error, each func(*T) error) error {
-	if err != nil {
-		return reach(err, cl.target)
-	}
-	defer stream.Close() //nolint:errcheck // all that was wanted is read
-	for stream.Receive() {
-		if err := each(stream.Msg()); err != nil {
-			return err
+// receive hands every message of a stream to each. A stream that is followed
+// has ended well when the user ends it by Ctrl-C.
+func receive[T any](ctx context.Context, cl *client, follow bool, stream *connect.ServerStreamForClient[T], err error, each func(*T) error) error {
+	if err == nil {
+		for stream.Receive() {
+			if err := each(stream.Msg()); err != nil {
+				return errors.Join(err, stream.Close())
+			}
 		}
+		err = stream.Err()
+		_ = stream.Close() // all that was wanted is read
 	}
-	if err := stream.Err(); err != nil && !errors.Is(ctx.Err(), context.Canceled) {
-		return reach(err, cl.target)
+	if err != nil && follow && ctx.Err() != nil {
+		return nil
 	}
-	return nil
+	return reach(err, cl.target)
 }
 
 // ask is a unary call without the envelopes.

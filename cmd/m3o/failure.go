@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"net/http"
 	"strings"
 	"syscall"
 	"unicode"
@@ -106,7 +107,7 @@ func reach(err error, t target) error {
 		}
 		return fault(fmt.Sprintf("the certificate of %s %s", t.url.Hostname(), why), "check this computer's clock, then the server's")
 	}
-	if _, ok := errors.AsType[tls.RecordHeaderError](err); ok {
+	if _, ok := errors.AsType[tls.RecordHeaderError](err); ok || errors.Is(err, http.ErrSchemeMismatch) {
 		return fault(fmt.Sprintf("%s does not speak TLS", t.url.Host), "check the port")
 	}
 	var dns *net.DNSError

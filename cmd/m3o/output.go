@@ -180,6 +180,34 @@ func sgr(s string) int {
 	return 0
 }
 
+// escape is the length of the control sequence (CSI, or OSC up to its end)
+// that s begins with, 0 for none; see ECMA-48.
+func escape(s string) int {
+	switch {
+	case strings.HasPrefix(s, "\x1b["):
+		for i := 2; i < len(s); i++ {
+			if b := s[i]; b < 0x20 || b > 0x3f {
+				if b >= 0x40 && b <= 0x7e {
+					return i + 1
+				}
+				return 0
+			}
+		}
+	case strings.HasPrefix(s, "\x1b]"):
+		for i := 2; i < len(s); i++ {
+			switch {
+			case s[i] == 0x07:
+				return i + 1
+			case strings.HasPrefix(s[i:], "\x1b\\"):
+				return i + 2
+			case s[i] < 0x20:
+				return 0
+			}
+		}
+	}
+	return 0
+}
+
 // plain drops every control character: text from elsewhere must not move the
 // cursor, set the title or answer for the user. Line ends and tabs become spaces.
 func plain(s string) string { return scrub(s, false) }
@@ -204,6 +232,10 @@ func scrub(s string, colours bool) string {
 			if colours {
 				b.WriteString(s[:n])
 			}
+			s = s[n:]
+			continue
+		}
+		if n := escape(s); n > 0 {
 			s = s[n:]
 			continue
 		}

@@ -44,8 +44,8 @@ func runReleases(ctx context.Context, c *call) error {
 
 // parseVersion reads v12 or 12.
 func parseVersion(s string) (int32, error) {
-	n, err := strconv.ParseInt(strings.TrimPrefix(s, "v"), 10, 32)
-	if err != nil || n < 1 || s[0] == '+' {
+	n, err := strconv.ParseUint(strings.TrimPrefix(s, "v"), 10, 31)
+	if err != nil || n < 1 {
 		return 0, misuse(quoted(s)+" is no release", "they are called v1, v2 …; m3o releases lists them")
 	}
 	return int32(n), nil
