@@ -1,0 +1,5 @@
+//go:build linux
+
+package oci_test
+
+func daemon() {}

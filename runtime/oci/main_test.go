@@ -1,0 +1,119 @@
+//go:build linux
+
+package oci_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+
+	"github.com/m3o/m3o/internal/need"
+	"github.com/m3o/m3o/runtime/oci"
+	"github.com/m3o/m3o/runtime/runtimetest"
+)
+
+// TestMain runs the tests in a network namespace of their own, so that nothing
+// touches the machine's network and what they leave can be counted. It runs
+// itself again there, and as the daemon that tests kill.
+func TestMain(m *testing.M) {
+	switch {
+	case os.Getenv("M3O_OCI_DAEMON") != "":
+		daemon()
+	case os.Geteuid() == 0 && os.Getenv("M3O_OCI_NETNS") == "":
+		cmd := exec.Command("/proc/self/exe", os.Args[1:]...)
+		cmd.Args[0] = os.Args[0]
+		cmd.Env = append(os.Environ(), "M3O_OCI_NETNS=1")
+		cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
+		cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET}
+		err := cmd.Run()
+		if e, ok := errors.AsType[*exec.ExitError](err); ok {
+			os.Exit(e.ExitCode())
+		} else if err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		os.Exit(0)
+	}
+	os.Exit(m.Run())
+}
+
+// A rig is one driver's Config and what its tests need.
+type rig struct {
+	cfg   oci.Config
+	image string
+}
+
+var shims = func() func(t testing.TB) string {
+	var path string
+	return func(t testing.TB) string {
+		if path == "" {
+			path = runtimetest.Build(t, "github.com/m3o/m3o/cmd/m3o-shim")
+			keep := filepath.Join(os.TempDir(), fmt.Sprintf("m3o-shim-%d", os.Getpid()))
+			if err := os.Rename(path, keep); err != nil {
+				t.Fatal(err)
+			}
+			path = keep
+		}
+		return path
+	}
+}()
+
+func newRig(t *testing.T) rig {
+	t.Helper()
+	need.Root(t)
+	dir := t.TempDir()
+	if strings.ContainsAny(dir, ":,\\") {
+		t.Fatalf("temporary directory %s cannot be used for overlays", dir)
+	}
+	runDir, err := os.MkdirTemp("/run", "m3o-test-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = os.RemoveAll(runDir) })
+	images := filepath.Join(dir, "images")
+	r := rig{image: runtimetest.ServerImage(t, images), cfg: oci.Config{
+		Name: "m3otest", Dir: filepath.Join(dir, "state"), Run: runDir, Images: images,
+		Runc: need.Bin(t, "runc"), Shim: shims(t), Subnet: netip.MustParsePrefix("198.18.0.0/16"),
+		Upstreams: []string{}, Log: testLog(t),
+	}}
+	return r
+}
+
+func testLog(t testing.TB) *slog.Logger {
+	if !testing.Verbose() {
+		return nil
+	}
+	return slog.New(slog.NewTextHandler(t.Output(), &slog.HandlerOptions{Level: slog.LevelDebug}))
+}
+
+// serve opens the driver and serves it until the function it returns is called.
+func (r rig) serve(t *testing.T) (d *oci.Driver, end func()) {
+	t.Helper()
+	d, err := oci.Open(t.Context(), r.cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error, 1)
+	go func() { done <- d.Serve(ctx) }()
+	ended := false
+	return d, func() {
+		t.Helper()
+		if ended {
+			return
+		}
+		ended = true
+		cancel()
+		if err := <-done; err != nil {
+			t.Errorf("Serve = %v", err)
+		}
+	}
+}
