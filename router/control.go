@@ -1,0 +1,192 @@
+package router
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/url"
+	"os"
+	"strconv"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/m3o/m3o"
+)
+
+// drainTime is how long a drain waits when nobody says.
+const drainTime = 5 * time.Minute
+
+// failure is how an error crosses the control socket.
+type failure struct {
+	Kind m3o.Kind `json:"kind"`
+	Msg  string   `json:"msg"`
+	Hint string   `json:"hint,omitempty"`
+}
+
+// controlServer serves the daemon until ctx ends.
+func (rt *Router) controlServer(ctx context.Context) *http.Server {
+	mux := http.NewServeMux()
+	handle := func(pattern string, f func(r *http.Request) (any, error)) {
+		mux.HandleFunc(pattern, func(w http.ResponseWriter, r *http.Request) {
+			v, err := f(r)
+			w.Header().Set("Content-Type", "application/json")
+			if err != nil {
+				rt.log.Warn("control call", "path", r.URL.Path, "err", err)
+				w.WriteHeader(http.StatusInternalServerError)
+				v = failure{m3o.KindOf(err), err.Error(), m3o.HintOf(err)}
+			}
+			_ = json.NewEncoder(w).Encode(v) // the daemon is gone: it asks again
+		})
+	}
+	handle("PUT /table", func(r *http.Request) (any, error) {
+		b, err := io.ReadAll(io.LimitReader(r.Body, maxTableBytes+1))
+		if err != nil {
+			return nil, fmt.Errorf("read table: %w", err)
+		}
+		t, err := decodeTable(b)
+		if err != nil {
+			return nil, err
+		}
+		return struct{}{}, rt.Put(t)
+	})
+	handle("POST /drain", func(r *http.Request) (any, error) {
+		q := r.URL.Query()
+		release, err := strconv.Atoi(q.Get("release"))
+		if err != nil {
+			return nil, m3o.Errorf(m3o.Invalid, "release %q is not a number", q.Get("release"))
+		}
+		wait := drainTime
+		if s := q.Get("wait"); s != "" {
+			if wait, err = time.ParseDuration(s); err != nil {
+				return nil, m3o.Errorf(m3o.Invalid, "wait %q is not a duration", s)
+			}
+		}
+		ctx, cancel := context.WithTimeout(r.Context(), wait)
+		defer cancel()
+		return rt.Drain(ctx, q.Get("app"), release)
+	})
+	handle("GET /status", func(*http.Request) (any, error) { return rt.Status(), nil })
+	return &http.Server{
+		Handler:           onlySelf(mux),
+		ReadHeaderTimeout: rt.limits.HeaderRead,
+		IdleTimeout:       rt.limits.Idle,
+		BaseContext:       func(net.Listener) context.Context { return ctx },
+		ConnContext:       peerContext,
+	}
+}
+
+type peerKey struct{}
+
+// peerContext notes who is at the other end of a unix socket.
+func peerContext(ctx context.Context, c net.Conn) context.Context {
+	sc, ok := c.(syscall.Conn)
+	if !ok || c.LocalAddr().Network() != "unix" {
+		return ctx
+	}
+	rc, err := sc.SyscallConn()
+	if err != nil {
+		return ctx
+	}
+	uid := -1
+	_ = rc.Control(func(fd uintptr) {
+		if cred, err := unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED); err == nil {
+			uid = int(cred.Uid)
+		}
+	})
+	return context.WithValue(ctx, peerKey{}, uid)
+}
+
+// onlySelf refuses everybody but root and the router's own user: the socket's
+// mode says the same, but is set a moment after the socket is there.
+func onlySelf(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if uid, ok := r.Context().Value(peerKey{}).(int); ok && uid != 0 && uid != os.Geteuid() {
+			http.Error(w, "not yours", http.StatusForbidden)
+			return
+		}
+		next.ServeHTTP(w, r)
+	})
+}
+
+// A Client is the daemon's side of the control socket. Its errors are
+// *m3o.Error: of kind Unavailable when no router answers there.
+type Client struct {
+	Socket string // path of the router's control socket
+}
+
+// Put makes t the router's table, see Router.Put.
+func (c Client) Put(ctx context.Context, t Table) error {
+	b, err := encodeTable(t)
+	if err != nil {
+		return err
+	}
+	return c.do(ctx, http.MethodPut, "/table", b, nil)
+}
+
+// Drain waits until the requests of an old release have ended, and at ctx's
+// deadline ends them, see Router.Drain. Without a deadline it waits five
+// minutes. Cancelling ctx cuts nothing.
+func (c Client) Drain(ctx context.Context, app string, release int) (Drained, error) {
+	wait := drainTime
+	if dl, ok := ctx.Deadline(); ok {
+		wait = max(0, time.Until(dl))
+	}
+	// The answer comes after the deadline: what is cut gets time to leave.
+	call, cancel := context.WithTimeout(context.WithoutCancel(ctx), wait+2*leaveTime)
+	defer cancel()
+	defer context.AfterFunc(ctx, func() {
+		if errors.Is(ctx.Err(), context.Canceled) {
+			cancel()
+		}
+	})()
+	q := url.Values{"app": {app}, "release": {strconv.Itoa(release)}, "wait": {wait.String()}}
+	var d Drained
+	err := c.do(call, http.MethodPost, "/drain?"+q.Encode(), nil, &d)
+	return d, err
+}
+
+// Status asks the router what it is doing.
+func (c Client) Status(ctx context.Context) (Status, error) {
+	var s Status
+	err := c.do(ctx, http.MethodGet, "/status", nil, &s)
+	return s, err
+}
+
+func (c Client) do(ctx context.Context, method, path string, body []byte, out any) error {
+	// Calls are rare and the router may be another one next time: no pooling.
+	t := &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		var d net.Dialer
+		return d.DialContext(ctx, "unix", c.Socket)
+	}}
+	req, err := http.NewRequestWithContext(ctx, method, "http://router"+path, bytes.NewReader(body))
+	if err != nil {
+		return fmt.Errorf("ask router: %w", err)
+	}
+	res, err := t.RoundTrip(req)
+	if err != nil {
+		return &m3o.Error{Kind: m3o.Unavailable, Msg: "the router does not answer", Hint: "it serves from its last table; m3od starts it again", Err: err}
+	}
+	defer res.Body.Close() //nolint:errcheck // read to the end or given up
+	dec := json.NewDecoder(io.LimitReader(res.Body, maxTableBytes))
+	if res.StatusCode != http.StatusOK {
+		var f failure
+		if err := dec.Decode(&f); err != nil || f.Msg == "" {
+			return m3o.Errorf(m3o.Internal, "the router answered %s", res.Status)
+		}
+		return &m3o.Error{Kind: f.Kind, Msg: f.Msg, Hint: f.Hint}
+	}
+	if out == nil {
+		return nil
+	}
+	if err := dec.Decode(out); err != nil {
+		return m3o.Errorf(m3o.Unavailable, "read the router's answer: %w", err)
+	}
+	return nil
+}

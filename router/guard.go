@@ -1,0 +1,357 @@
+package router
+
+import (
+	"bytes"
+	"crypto/tls"
+	"errors"
+	"net"
+	"strconv"
+	"sync"
+	"time"
+
+	"golang.org/x/net/http/httpguts"
+)
+
+// guardConn stands between a client's HTTP/1.1 connection and net/http. It
+// follows the framing of the requests and refuses what net/http tolerates but
+// two parties may read differently, which is what request smuggling lives on:
+// Content-Length beside Transfer-Encoding, either one repeated, a
+// Transfer-Encoding other than chunked, bare LF, folded lines, a Host that
+// differs from an absolute target. It also bounds how slow a body and a
+// reader may be, for which net/http has no means.
+type guardConn struct {
+	net.Conn
+	lim   *limits
+	frame framing
+	err   error // what Read returns from now on, once poison is out
+
+	waited time.Duration // time spent waiting for the current body
+	got    int64         // bytes of it
+
+	mu    sync.Mutex // guards limit, pass
+	limit time.Time  // the read deadline net/http set
+	pass  bool       // an upgrade: no HTTP any more
+
+	wmu   sync.Mutex // guards armed
+	armed time.Time  // when the write deadline was last moved
+}
+
+// tlsGuardConn tells net/http about TLS; the type alone makes it a TLS request.
+type tlsGuardConn struct {
+	*guardConn
+	tls *tls.Conn
+}
+
+// ConnectionState makes net/http fill Request.TLS.
+func (c *tlsGuardConn) ConnectionState() tls.ConnectionState { return c.tls.ConnectionState() }
+
+func newGuard(c net.Conn, lim *limits) *guardConn {
+	return &guardConn{Conn: c, lim: lim, frame: framing{limit: lim.Header}}
+}
+
+// poison takes the place of a head's first bad line: net/http answers it with
+// 400 and closes the connection.
+var poison = []byte("\x00\r\n\r\n")
+
+// never is later than any time that matters.
+var never = time.Unix(1<<40, 0)
+
+var errSlowBody = errors.New("the body comes too slowly")
+
+// Read implements net.Conn.
+func (c *guardConn) Read(p []byte) (int, error) {
+	if c.err != nil {
+		return 0, c.err
+	}
+	c.mu.Lock()
+	pass := c.pass
+	c.mu.Unlock()
+	if pass || c.frame.state == opaque || len(p) == 0 {
+		return c.Conn.Read(p)
+	}
+	var n int
+	var err error
+	if c.frame.inBody() {
+		n, err = c.readBody(p)
+	} else {
+		c.waited, c.got = 0, 0
+		n, err = c.Conn.Read(p)
+	}
+	good, bad := c.frame.feed(p[:n])
+	if bad == nil {
+		return n, err
+	}
+	c.err = bad
+	if c.frame.state == body || len(p)-good < len(poison) {
+		return good, bad
+	}
+	return good + copy(p[good:], poison), nil
+}
+
+// readBody reads with a deadline of its own, no later than net/http's.
+func (c *guardConn) readBody(p []byte) (int, error) {
+	begin := time.Now()
+	c.mu.Lock()
+	dl := begin.Add(c.lim.BodyIdle)
+	if !c.limit.IsZero() && c.limit.Before(dl) {
+		dl = c.limit
+	}
+	_ = c.Conn.SetReadDeadline(dl)
+	c.mu.Unlock()
+	n, err := c.Conn.Read(p)
+	c.mu.Lock()
+	_ = c.Conn.SetReadDeadline(c.limit)
+	c.mu.Unlock()
+	c.waited += time.Since(begin)
+	c.got += int64(n)
+	if err == nil && c.frame.left > 0 && !c.frame.chunked && c.waited > c.lim.HeaderRead &&
+		c.got < int64(c.waited.Seconds()*float64(c.lim.BodyRate)) {
+		err = errSlowBody
+	}
+	return n, err
+}
+
+// Write implements net.Conn: a client that does not read for BodyIdle is cut off.
+func (c *guardConn) Write(p []byte) (int, error) {
+	now := time.Now()
+	c.wmu.Lock()
+	if now.Sub(c.armed) > c.lim.BodyIdle/4 {
+		c.armed = now
+		_ = c.Conn.SetWriteDeadline(now.Add(c.lim.BodyIdle))
+	}
+	c.wmu.Unlock()
+	return c.Conn.Write(p)
+}
+
+// SetReadDeadline implements net.Conn.
+func (c *guardConn) SetReadDeadline(t time.Time) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.limit = t
+	return c.Conn.SetReadDeadline(t)
+}
+
+// SetWriteDeadline implements net.Conn.
+func (c *guardConn) SetWriteDeadline(t time.Time) error {
+	c.wmu.Lock()
+	defer c.wmu.Unlock()
+	c.armed = time.Time{}
+	if !t.IsZero() {
+		c.armed = never // Write leaves it alone
+	}
+	return c.Conn.SetWriteDeadline(t)
+}
+
+// SetDeadline implements net.Conn.
+func (c *guardConn) SetDeadline(t time.Time) error {
+	return errors.Join(c.SetReadDeadline(t), c.SetWriteDeadline(t))
+}
+
+// CloseWrite lets net/http end a refused request without a reset.
+func (c *guardConn) CloseWrite() error {
+	if cw, ok := c.Conn.(interface{ CloseWrite() error }); ok {
+		return cw.CloseWrite()
+	}
+	return nil
+}
+
+// opaque ends the guarding: the connection was upgraded.
+func (c *guardConn) opaque() {
+	c.mu.Lock()
+	c.pass = true
+	c.mu.Unlock()
+}
+
+type framingState int
+
+const (
+	firstLine framingState = iota // of the connection: may be the HTTP/2 preface
+	requestLine
+	headerLine
+	body      // left bytes of it, or of a chunk
+	chunkEnd  // the CRLF after a chunk
+	chunkSize // the line before one
+	trailerLine
+	opaque // HTTP/2
+)
+
+// framing follows the requests on one connection. It agrees with net/http on
+// where each ends, or refuses it.
+type framing struct {
+	limit   int // bytes of a line
+	state   framingState
+	left    int64
+	chunked bool
+	hasCL   bool
+	old     bool   // HTTP/1.0
+	want    string // the host of an absolute target
+	part    []byte // the beginning of a line that is not all here
+	noH2    bool   // the preface is refused: TLS settled on HTTP/1.1
+}
+
+// errFraming is why a request was refused.
+type errFraming string
+
+func (e errFraming) Error() string { return "malformed request: " + string(e) }
+
+func (f *framing) inBody() bool { return f.state >= body && f.state <= trailerLine }
+
+// feed follows b. When it refuses, good is how many bytes come before the
+// refused line; the state is then body when the fault is within a body.
+func (f *framing) feed(b []byte) (good int, bad error) {
+	rest := b
+	for len(rest) > 0 && f.state != opaque {
+		good = len(b) - len(rest)
+		if f.state == body {
+			n := min(f.left, int64(len(rest)))
+			rest = rest[n:]
+			if f.left -= n; f.left == 0 {
+				f.state = requestLine
+				if f.chunked {
+					f.state = chunkEnd
+				}
+			}
+			continue
+		}
+		i := bytes.IndexByte(rest, '\n')
+		if i < 0 {
+			f.part = append(f.part, rest...)
+			if len(f.part) > f.limit {
+				return good, f.refuse("a line longer than the limit")
+			}
+			return len(b), nil
+		}
+		line := rest[:i+1]
+		if len(f.part) > 0 {
+			f.part = append(f.part, line...)
+			line = f.part
+		}
+		if len(line) < 2 || line[len(line)-2] != '\r' {
+			return good, f.refuse("a line that does not end in CRLF")
+		}
+		if err := f.line(line[:len(line)-2]); err != nil {
+			return good, err
+		}
+		f.part = f.part[:0]
+		rest = rest[i+1:]
+	}
+	return len(b), nil
+}
+
+func (f *framing) refuse(why string) error {
+	if f.inBody() {
+		f.state = body
+	}
+	return errFraming(why)
+}
+
+func (f *framing) line(l []byte) error {
+	switch f.state {
+	case firstLine, requestLine:
+		if f.state == firstLine && string(l) == "PRI * HTTP/2.0" && !f.noH2 {
+			f.state = opaque
+			return nil
+		}
+		f.chunked, f.hasCL, f.left, f.want = false, false, 0, ""
+		f.old = bytes.HasSuffix(l, []byte(" HTTP/1.0"))
+		if bytes.IndexByte(l, '\r') >= 0 {
+			return f.refuse("a bare CR")
+		}
+		if _, target, ok := bytes.Cut(l, []byte(" ")); ok {
+			f.want = absoluteHost(target)
+		}
+		f.state = headerLine
+	case headerLine:
+		if len(l) == 0 {
+			switch {
+			case f.chunked:
+				f.state = chunkSize
+			case f.left > 0:
+				f.state = body
+			default:
+				f.state = requestLine
+			}
+			return nil
+		}
+		return f.header(l)
+	case trailerLine:
+		if len(l) == 0 {
+			f.state = requestLine
+			return nil
+		}
+		k, _, err := splitHeader(l)
+		if err != nil || !httpguts.ValidTrailerHeader(k) {
+			return f.refuse("a bad trailer")
+		}
+	case chunkEnd:
+		if len(l) != 0 {
+			return f.refuse("a chunk longer than its size")
+		}
+		f.state = chunkSize
+	case chunkSize:
+		size, ext, _ := bytes.Cut(l, []byte(";"))
+		n, err := strconv.ParseUint(string(size), 16, 62)
+		if err != nil || size[0] == '+' || bytes.IndexByte(ext, '\r') >= 0 {
+			return f.refuse("a bad chunk size")
+		}
+		f.left, f.state = int64(n), body
+		if n == 0 {
+			f.state = trailerLine
+		}
+	}
+	return nil
+}
+
+func (f *framing) header(l []byte) error {
+	if l[0] == ' ' || l[0] == '\t' {
+		return f.refuse("a folded header line")
+	}
+	i := bytes.IndexByte(l, ':')
+	if i <= 0 {
+		return f.refuse("a header line without a name")
+	}
+	// The common lines are looked at no closer than this: net/http checks the rest.
+	switch last := l[i-1]; {
+	case last == ' ' || last == '\t':
+		return f.refuse("space before the colon")
+	case bytes.IndexByte(l, '\r') >= 0 || bytes.IndexByte(l, 0) >= 0:
+		return f.refuse("a control character in a header")
+	}
+	v := bytes.Trim(l[i+1:], " \t")
+	switch i {
+	case len("Content-Length"):
+		if !bytes.EqualFold(l[:i], []byte("Content-Length")) {
+			break
+		}
+		n, err := strconv.ParseUint(string(v), 10, 62)
+		if err != nil || v[0] == '+' || f.hasCL || f.chunked {
+			return f.refuse("a bad, repeated or contradicted Content-Length")
+		}
+		f.left, f.hasCL = int64(n), true
+	case len("Transfer-Encoding"):
+		if !bytes.EqualFold(l[:i], []byte("Transfer-Encoding")) {
+			break
+		}
+		if !bytes.EqualFold(v, []byte("chunked")) || f.chunked || f.hasCL || f.old {
+			return f.refuse("a bad, repeated or contradicted Transfer-Encoding")
+		}
+		f.chunked = true
+	case len("Host"):
+		if f.want != "" && bytes.EqualFold(l[:i], []byte("Host")) && !bytes.EqualFold(v, []byte(f.want)) {
+			return f.refuse("a Host that differs from the target")
+		}
+	}
+	return nil
+}
+
+// absoluteHost is the host of an absolute request target, "" for other forms.
+func absoluteHost(target []byte) string {
+	_, rest, ok := bytes.Cut(target, []byte("://"))
+	if !ok || target[0] == '/' {
+		return ""
+	}
+	if i := bytes.IndexAny(rest, "/? "); i >= 0 {
+		rest = rest[:i]
+	}
+	return string(rest)
+}

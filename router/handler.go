@@ -1,0 +1,314 @@
+package router
+
+import (
+	"context"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"net"
+	"net/http"
+	"strconv"
+	"strings"
+
+	"github.com/m3o/m3o"
+)
+
+// request is one request on its way through the router.
+type request struct {
+	rt     *Router
+	w      http.ResponseWriter
+	r      *http.Request
+	key    string // what host was found by: a host name, or an app when byApp
+	byApp  bool
+	host   *host
+	origin origin
+	call   call
+	held   bool // call is counted on call.ep
+	tried  []*endpoint
+}
+
+// maxTries is to how many endpoints one request may be sent.
+const maxTries = 3
+
+// ServeHTTP relays one request.
+func (rt *Router) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	name := hostOf(r.Host)
+	if r.TLS != nil && r.TLS.ServerName != "" && hostOf(r.TLS.ServerName) != name {
+		// A connection made for one host carries no other's requests: the
+		// client must open its own.
+		problem{code: http.StatusMisdirectedRequest, grpc: grpcUnavailable, msg: "this connection was opened for another host", hint: "open a new one"}.write(w, r)
+		return
+	}
+	l := rt.live.Load()
+	if l == nil {
+		problem{code: http.StatusServiceUnavailable, grpc: grpcUnavailable, msg: "the router has no table yet", hint: "start m3od, then try again"}.write(w, r)
+		return
+	}
+	q := &request{rt: rt, w: w, r: r, key: name, host: l.hosts[name]}
+	if q.host == nil {
+		rt.notFound(w, r, l, name)
+		return
+	}
+	if r.Method == http.MethodConnect {
+		problem{code: http.StatusMethodNotAllowed, grpc: grpcUnimplemented, msg: "this is no proxy for CONNECT"}.write(w, r)
+		return
+	}
+	if r.TLS == nil && rt.redirects(l) {
+		rt.redirect(w, r, name)
+		return
+	}
+	rest := ""
+	if q.host.Kind == KindAPI && !daemonPath(r.URL.Path) {
+		if rest = q.appPath(l); q.host == nil {
+			return // answered
+		}
+	}
+	q.host.app.requests.Add(1)
+	q.host.app.inflight.Add(1)
+	a := q.host.app
+	defer func() {
+		if q.held {
+			q.call.done()
+		}
+		a.inflight.Add(-1)
+	}()
+	if err := q.acquire(); err != nil {
+		q.failed("no endpoint", err)
+		problemOf(err, q.host.App).write(w, r)
+		return
+	}
+	q.setOrigin()
+	q.serve(rest)
+}
+
+func (q *request) serve(rest string) {
+	h, r, gw := q.host, q.r, q.rt.cfg.Gateway
+	grpc := isGRPC(r)
+	switch up := upgradeTo(r); {
+	case q.byApp && !h.grpc:
+		problem{code: http.StatusUnsupportedMediaType, grpc: grpcUnimplemented, app: h.App, msg: "app " + h.App + " speaks HTTP, not gRPC",
+			hint: "call it at its own host, " + h.Name}.write(q.w, r)
+	case q.byApp && gw != nil:
+		q.claim(r.Header)
+		gw.ServePath(q.w, r, h.App, rest, h.Descriptors, gatewayWay{q})
+	case h.grpc && !grpc && gw != nil && gw.Match(r):
+		q.claim(r.Header)
+		gw.ServeApp(q.w, r, h.App, h.Descriptors, gatewayWay{q})
+	case h.grpc && !grpc:
+		problem{code: http.StatusNotImplemented, app: h.App, msg: "app " + h.App + " speaks gRPC only",
+			hint: "call it with a gRPC client, or POST JSON to /package.Service/Method"}.write(q.w, r)
+	case up != "":
+		q.relayUpgrade(up)
+	case h.h2:
+		q.relayH2()
+	case grpc && h.Kind != KindAPI:
+		problem{code: http.StatusOK, grpc: grpcUnimplemented, app: h.App, msg: "app " + h.App + " does not speak gRPC"}.write(q.w, r)
+	default:
+		q.relayH1()
+	}
+}
+
+// daemonPath says that a path of the API host is for the daemon itself.
+func daemonPath(p string) bool {
+	return p == "/" || strings.HasPrefix(p, "/m3o.v1.") || strings.HasPrefix(p, "/-/")
+}
+
+// appPath finds the app of api.<domain>/<app>/<rest>. M3O's /v1/<app>/… is
+// taken for version v1 of the app, as there. q.host is nil when it answered.
+func (q *request) appPath(l *live) (rest string) {
+	q.byApp = true
+	name, rest, _ := strings.Cut(strings.TrimPrefix(q.r.URL.Path, "/"), "/")
+	key := strings.ToLower(name)
+	h := l.apps[key]
+	if h == nil && isVersion(key) && rest != "" {
+		second, more, _ := strings.Cut(rest, "/")
+		if h = l.apps[strings.ToLower(second)]; h != nil {
+			key, rest = strings.ToLower(second), key+"/"+more
+		}
+	}
+	q.key, q.host = key, h
+	if h == nil {
+		if len(name) > 64 {
+			name = name[:64]
+		}
+		problem{code: http.StatusNotFound, grpc: grpcUnimplemented, msg: fmt.Sprintf("there is no app called %q here", name),
+			hint: "paths are /<app>/<service>/<method>; m3o apps lists the apps"}.write(q.w, q.r)
+	}
+	return rest
+}
+
+func isVersion(s string) bool {
+	if len(s) < 2 || s[0] != 'v' {
+		return false
+	}
+	_, err := strconv.ParseUint(s[1:], 10, 16)
+	return err == nil
+}
+
+func (rt *Router) notFound(w http.ResponseWriter, r *http.Request, l *live, name string) {
+	if len(name) > 253 {
+		name = name[:253]
+	}
+	p := problem{code: http.StatusNotFound, grpc: grpcUnimplemented, msg: fmt.Sprintf("nothing is served at %q", name)}
+	if app, ok := strings.CutSuffix(name, "."+l.table.Domain); ok && m3o.CheckAppName(app) == nil {
+		p.msg = fmt.Sprintf("there is no app called %q here", app)
+		p.hint = "to make it: m3o create " + app + ", then git push m3o main"
+	}
+	p.write(w, r)
+}
+
+func (rt *Router) redirects(l *live) bool {
+	switch rt.cfg.Plain {
+	case PlainServe:
+		return false
+	case PlainRedirect:
+		return true
+	}
+	d := l.table.Domain
+	return rt.cfg.HTTPS != nil && d != "localhost" && !strings.HasSuffix(d, ".localhost")
+}
+
+func (rt *Router) redirect(w http.ResponseWriter, r *http.Request, name string) {
+	host := name
+	if rt.cfg.HTTPS != nil {
+		if _, port, err := net.SplitHostPort(rt.cfg.HTTPS.Addr().String()); err == nil && port != "443" {
+			host = net.JoinHostPort(name, port)
+		}
+	}
+	if isGRPC(r) {
+		problem{code: http.StatusPermanentRedirect, grpc: grpcUnavailable, msg: "this host is served over TLS only", hint: "dial " + host}.write(w, r)
+		return
+	}
+	w.Header()["Content-Type"] = nil
+	w.Header()["Location"] = []string{"https://" + host + target(r)}
+	if target(r) == "*" {
+		w.Header()["Location"] = []string{"https://" + host + "/"}
+	}
+	w.WriteHeader(http.StatusPermanentRedirect)
+}
+
+// lookup finds the host again, in the table of now.
+func (q *request) lookup() *host {
+	l := q.rt.live.Load()
+	if q.byApp {
+		return l.apps[q.key]
+	}
+	return l.hosts[q.key]
+}
+
+// acquire counts the request in on an endpoint of its host.
+func (q *request) acquire() error {
+	for {
+		e := q.host.pick(q.tried)
+		if e == nil {
+			return errNoEndpoint(q.host)
+		}
+		if e.add(&q.call) {
+			q.held = true
+			return nil
+		}
+		// e was retired since the host was looked up, so a newer table is live.
+		h := q.lookup()
+		if h == nil {
+			return &m3o.Error{Kind: m3o.NotFound, Msg: "app " + q.host.App + " was removed"}
+		}
+		if q.tried != nil && (h.grpc != q.host.grpc || h.h2 != q.host.h2) {
+			return errNoEndpoint(q.host) // the request is already in a form the new release does not speak
+		}
+		q.host = h
+	}
+}
+
+// next moves the request to another endpoint after a dial failed with err;
+// false when there is none or it has been tried enough.
+func (q *request) next(err error) bool {
+	q.rt.log.Debug("dial failed", "app", q.host.App, "release", q.host.Release, "err", err)
+	if q.r.Context().Err() != nil {
+		return false
+	}
+	q.tried = append(q.tried, q.call.ep)
+	q.call.done()
+	q.held = false
+	return len(q.tried) < maxTries && q.acquire() == nil
+}
+
+// failed counts and logs a request the app did not get to answer.
+func (q *request) failed(what string, err error) {
+	if errors.Is(q.r.Context().Err(), context.Canceled) {
+		return // the client's own choice
+	}
+	q.host.app.failures.Add(1)
+	q.rt.log.Debug(what, "app", q.host.App, "release", q.host.Release, "err", err)
+}
+
+// deny answers after every dial failed.
+func (q *request) deny(err error) {
+	if q.r.Context().Err() != nil {
+		panic(http.ErrAbortHandler) // nobody listens
+	}
+	q.failed("cannot reach the app", err)
+	p := problemOf(q.unreachable(err), q.host.App)
+	if q.host.Kind != KindAPI {
+		p.code = http.StatusBadGateway
+	}
+	p.write(q.w, q.r)
+}
+
+func (q *request) unreachable(err error) error {
+	if q.host.Kind == KindAPI {
+		return errNoEndpoint(q.host)
+	}
+	return &m3o.Error{Kind: m3o.Unavailable, Msg: "app " + q.host.App + " cannot be reached", Hint: "m3o ps -a " + q.host.App, Err: err}
+}
+
+func (q *request) setOrigin() {
+	r := q.r
+	ip := r.RemoteAddr
+	if i := strings.LastIndexByte(ip, ':'); i >= 0 {
+		ip = strings.Trim(ip[:i], "[]")
+	}
+	q.origin = origin{ip: ip, proto: "http", host: r.Host}
+	if r.TLS != nil {
+		q.origin.proto = "https"
+	}
+	if id := r.Header["X-Request-Id"]; len(id) == 1 && validID(id[0]) {
+		q.origin.id = id[0]
+		return
+	}
+	var b [16]byte
+	// Ids tell requests apart; nothing is guarded by their being secret.
+	for i := range 2 {
+		v := rand.Uint64()
+		for j := range 8 {
+			b[i*8+j] = byte(v >> (8 * j))
+		}
+	}
+	q.origin.id = hex.EncodeToString(b[:])
+}
+
+func validID(s string) bool {
+	if s == "" || len(s) > 128 {
+		return false
+	}
+	for i := range len(s) {
+		if c := s[i]; c <= ' ' || c > '~' {
+			return false
+		}
+	}
+	return true
+}
+
+// claim puts what the router knows of the origin into h, and takes out what
+// the client claimed.
+func (q *request) claim(h http.Header) {
+	for k := range h {
+		if k == "Forwarded" || k == "X-Real-Ip" || strings.HasPrefix(k, "X-Forwarded-") || strings.HasPrefix(k, "X-M3o-") {
+			delete(h, k)
+		}
+	}
+	h["X-Forwarded-For"] = []string{q.origin.ip}
+	h["X-Forwarded-Proto"] = []string{q.origin.proto}
+	h["X-Forwarded-Host"] = []string{q.origin.host}
+	h["X-Request-Id"] = []string{q.origin.id}
+}

@@ -1,0 +1,366 @@
+package router
+
+import (
+	"context"
+	"math/rand/v2"
+	"net"
+	"net/http"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/m3o/m3o"
+)
+
+// live is a Table made ready to serve: immutable but for the counters in what
+// it points to. Router.live swaps it whole.
+type live struct {
+	table Table
+	hash  string
+	hosts map[string]*host
+	apps  map[string]*host // the host api.<domain>/<app>/… means
+}
+
+// host is one row of the table with the objects behind it.
+type host struct {
+	Host
+	app  *app
+	pool []*endpoint
+	// grpc and h2 say how to speak to the endpoints.
+	grpc, h2 bool
+	limits   *limits
+}
+
+// app counts over all releases, and outlives every table.
+type app struct{ requests, failures, inflight atomic.Int64 }
+
+// releaseID names what is drained together.
+type releaseID struct {
+	app string
+	n   int
+}
+
+// endpoint is one address of one release. It lives as long as a table has it
+// or a request is in flight on it.
+type endpoint struct {
+	id               releaseID
+	addr             string // as in the table
+	network, address string // for net.Dial
+	inflight         atomic.Int64
+	// retired is set after the table without this endpoint is live. Whoever
+	// wants the endpoint first counts itself in and then looks at retired, so
+	// either it backs off or Drain sees it: no request slips between.
+	retired atomic.Bool
+	failed  atomic.Int64 // unix nanoseconds of the last dial that failed
+	h1      h1pool
+	h2      *http.Transport
+
+	mu      sync.Mutex // guards calls, cutting, idle
+	calls   call       // sentinel of the ring of calls in flight
+	cutting bool       // Drain's deadline passed: newcomers are cut as well
+	idle    chan struct{}
+}
+
+func newEndpoint(id releaseID, addr string, lim *limits) *endpoint {
+	e := &endpoint{id: id, addr: addr}
+	// The table was validated: a bad address cannot reach here, and would only fail to dial.
+	e.network, e.address, _ = splitEndpoint(addr)
+	e.calls.next, e.calls.prev = &e.calls, &e.calls
+	e.h1.ep = e
+	e.h2 = newH2(e, lim)
+	return e
+}
+
+// call is one request in flight on an endpoint.
+type call struct {
+	next, prev *call
+	ep         *endpoint
+	host       *host
+	// cut ends the call politely. It must not block and may run more than
+	// once; set it with onCut.
+	cut    func()
+	wasCut bool // guarded by ep.mu
+	// upgraded says that the client's connection was taken over. Guarded by ep.mu.
+	upgraded bool
+}
+
+// add puts c on e's ring unless e is retired, which it reports.
+func (e *endpoint) add(c *call) bool {
+	e.inflight.Add(1)
+	if e.retired.Load() {
+		e.leave()
+		return false
+	}
+	e.mu.Lock()
+	c.ep, c.cut, c.wasCut, c.upgraded = e, nil, e.cutting, false
+	c.prev, c.next = e.calls.prev, &e.calls
+	c.prev.next, e.calls.prev = c, c
+	e.mu.Unlock()
+	return true
+}
+
+func (c *call) done() {
+	e := c.ep
+	e.mu.Lock()
+	c.prev.next, c.next.prev = c.next, c.prev
+	c.cut = nil
+	e.mu.Unlock()
+	e.leave()
+}
+
+func (e *endpoint) leave() {
+	if e.inflight.Add(-1) == 0 && e.retired.Load() {
+		e.mu.Lock()
+		if e.idle != nil {
+			close(e.idle)
+			e.idle = nil
+		}
+		e.mu.Unlock()
+	}
+}
+
+// onCut says what ends the call politely, and does it when the cut came first.
+func (c *call) onCut(f func()) {
+	c.ep.mu.Lock()
+	c.cut = f
+	cut := c.wasCut
+	c.ep.mu.Unlock()
+	if cut {
+		f()
+	}
+}
+
+// upgrade is onCut for a call that has taken over the client's connection.
+func (c *call) upgrade(cut func()) {
+	c.ep.mu.Lock()
+	c.upgraded = true
+	c.ep.mu.Unlock()
+	c.onCut(cut)
+}
+
+// isCut says that the call was ended because its release is gone.
+func (c *call) isCut() bool {
+	c.ep.mu.Lock()
+	defer c.ep.mu.Unlock()
+	return c.wasCut
+}
+
+// cutAll ends every call in flight politely, and every one to come, and says
+// how many it ended.
+func (e *endpoint) cutAll() int { return e.cutSome(func(*call) bool { return true }, true) }
+
+// cutUpgrades ends what http.Server.Shutdown neither closes nor waits for.
+func (e *endpoint) cutUpgrades() int {
+	return e.cutSome(func(c *call) bool { return c.upgraded }, false)
+}
+
+func (e *endpoint) cutSome(which func(*call) bool, cutting bool) int {
+	var fs []func()
+	n := 0
+	e.mu.Lock()
+	e.cutting = e.cutting || cutting
+	for c := e.calls.next; c != &e.calls; c = c.next {
+		if c.wasCut || !which(c) {
+			continue
+		}
+		c.wasCut = true
+		n++
+		if c.cut != nil {
+			fs = append(fs, c.cut)
+		}
+	}
+	e.mu.Unlock()
+	for _, f := range fs {
+		f()
+	}
+	return n
+}
+
+// retire takes e out of use: what is idle closes now, what is in flight goes on.
+func (e *endpoint) retire() {
+	e.retired.Store(true)
+	e.closeIdle()
+}
+
+func (e *endpoint) closeIdle() {
+	e.h1.closeIdle()
+	e.h2.CloseIdleConnections()
+}
+
+// waitIdle waits until nothing is in flight on the retired endpoint.
+func (e *endpoint) waitIdle(ctx context.Context) error {
+	for {
+		e.mu.Lock()
+		if e.inflight.Load() == 0 {
+			e.mu.Unlock()
+			return nil
+		}
+		if e.idle == nil {
+			e.idle = make(chan struct{})
+		}
+		idle := e.idle
+		e.mu.Unlock()
+		// leave looks at idle after it has counted down, this looks at the
+		// count after idle is there: one of the two sees the other.
+		if e.inflight.Load() == 0 {
+			return nil
+		}
+		select {
+		case <-idle:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+}
+
+func (e *endpoint) dial(ctx context.Context, timeout time.Duration) (net.Conn, error) {
+	d := net.Dialer{Timeout: timeout}
+	c, err := d.DialContext(ctx, e.network, e.address)
+	if err != nil {
+		if ctx.Err() == nil {
+			e.failed.Store(time.Now().UnixNano())
+		}
+		return nil, &dialError{err}
+	}
+	if e.failed.Load() != 0 {
+		e.failed.Store(0)
+	}
+	return c, nil
+}
+
+// dialError is a failure before the app can have seen anything: always safe to
+// try elsewhere.
+type dialError struct{ err error }
+
+func (e *dialError) Error() string { return e.err.Error() }
+func (e *dialError) Unwrap() error { return e.err }
+
+// avoidFor is how long an endpoint whose dial failed is the last choice.
+const avoidFor = time.Second
+
+func (e *endpoint) resting(now int64) bool {
+	f := e.failed.Load()
+	return f != 0 && now-f < int64(avoidFor)
+}
+
+// pick chooses the less loaded of two endpoints at random, not in tried.
+func (h *host) pick(tried []*endpoint) *endpoint {
+	switch n := len(h.pool); {
+	case n == 0:
+		return nil
+	case n == 1:
+		if len(tried) > 0 {
+			return nil
+		}
+		return h.pool[0]
+	case len(tried) == 0:
+		i := rand.IntN(n)
+		j := rand.IntN(n - 1)
+		if j >= i {
+			j++
+		}
+		return h.better(h.pool[i], h.pool[j])
+	}
+	var best *endpoint
+	for _, e := range h.pool {
+		if used(tried, e) {
+			continue
+		}
+		if best == nil || h.better(e, best) == e {
+			best = e
+		}
+	}
+	return best
+}
+
+func (h *host) better(a, b *endpoint) *endpoint {
+	if a.failed.Load()|b.failed.Load() != 0 {
+		now := time.Now().UnixNano()
+		if ra, rb := a.resting(now), b.resting(now); ra != rb {
+			if ra {
+				return b
+			}
+			return a
+		}
+	}
+	if b.inflight.Load() < a.inflight.Load() {
+		return b
+	}
+	return a
+}
+
+func used(tried []*endpoint, e *endpoint) bool {
+	for _, t := range tried {
+		if t == e {
+			return true
+		}
+	}
+	return false
+}
+
+// build makes t ready to serve, taking over from old the endpoints and apps it
+// still has. It returns the endpoints of old that t lacks.
+func build(t Table, hash string, old *live, lim *limits) (*live, []*endpoint) {
+	type key struct {
+		id   releaseID
+		addr string
+	}
+	eps := map[key]*endpoint{}
+	apps := map[string]*app{}
+	if old != nil {
+		for _, h := range old.hosts {
+			apps[h.App] = h.app
+			for _, e := range h.pool {
+				eps[key{e.id, e.addr}] = e
+			}
+		}
+	}
+	kept := map[*endpoint]bool{}
+	l := &live{table: t, hash: hash, hosts: make(map[string]*host, len(t.Hosts)), apps: make(map[string]*host, len(t.Hosts))}
+	for _, th := range t.Hosts {
+		h := &host{Host: th, app: apps[th.App], limits: lim}
+		h.grpc = th.Protocol == GRPC
+		h.h2 = h.grpc || th.Protocol == H2C
+		if h.app == nil {
+			h.app = &app{}
+			apps[th.App] = h.app
+		}
+		id := releaseID{th.App, th.Release}
+		for _, addr := range th.Endpoints {
+			k := key{id, addr}
+			e := eps[k]
+			if e == nil {
+				e = newEndpoint(id, addr, lim)
+				eps[k] = e
+			}
+			kept[e] = true
+			h.pool = append(h.pool, e)
+		}
+		l.hosts[th.Name] = h
+		if th.Kind == KindAPI {
+			continue
+		}
+		// v12--app.<domain> is an app's too; its own name is the one meant.
+		if cur := l.apps[th.App]; cur == nil || th.Name == th.App+"."+t.Domain {
+			l.apps[th.App] = h
+		}
+	}
+	var gone []*endpoint
+	for _, e := range eps {
+		if !kept[e] {
+			gone = append(gone, e)
+		}
+	}
+	return l, gone
+}
+
+// errNoEndpoint says the app has nothing ready.
+func errNoEndpoint(h *host) error {
+	if h.Kind == KindAPI {
+		return &m3o.Error{Kind: m3o.Unavailable, Msg: "the daemon is not running; apps go on", Hint: "start m3od, then try again"}
+	}
+	if h.Release == 0 {
+		return &m3o.Error{Kind: m3o.Unavailable, Msg: "app " + h.App + " has no release yet", Hint: "git push m3o main"}
+	}
+	return &m3o.Error{Kind: m3o.Unavailable, Msg: "app " + h.App + " has no running instance", Hint: "m3o ps -a " + h.App + "; m3o logs -a " + h.App}
+}

@@ -1,0 +1,449 @@
+// Package router is the data plane: it takes requests in from outside and
+// relays each to an instance of the app its host name belongs to. It runs in a
+// process of its own that outlives the daemon, serves from the last good table
+// on disk while the daemon is away, swaps tables in one step and drains what
+// the old one still has in flight. Apps are spoken to over HTTP/1.1, HTTP/2
+// without TLS, and gRPC; WebSocket and other upgrades are joined through.
+//
+// It must not know how apps are built or run, nor what a protobuf message is:
+// the daemon hands it tables over a unix socket (see Client), and what turns
+// JSON into gRPC is handed in as a Gateway.
+package router
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/m3o/m3o"
+	"github.com/m3o/m3o/internal/atomicfile"
+)
+
+// A Gateway answers requests that are not gRPC for apps that speak nothing
+// else. It is safe for concurrent use. up carries HTTP/2 requests to the app:
+// their URL needs only a path, their host is free to choose, and a request
+// with GetBody is tried on another instance when the first cannot be reached;
+// its errors are *m3o.Error of kind Unavailable. up is valid until the method
+// returns. schema is the path of the app's FileDescriptorSet, "" when it has none.
+type Gateway interface {
+	// Match says whether r, sent to the app's own host, is for ServeApp; it is
+	// asked only for GRPC hosts and never for gRPC itself. Otherwise r is
+	// relayed as it is.
+	Match(r *http.Request) bool
+	// ServeApp answers r on the app's own host: its path names the method.
+	ServeApp(w http.ResponseWriter, r *http.Request, app, schema string, up http.RoundTripper)
+	// ServePath answers https://api.<domain>/<app>/<path>; path has no leading slash.
+	ServePath(w http.ResponseWriter, r *http.Request, app, path, schema string, up http.RoundTripper)
+}
+
+// Plain says what the HTTP listener does with requests for apps.
+type Plain int
+
+// PlainAuto serves on the domain localhost, which browsers treat as secure,
+// and redirects elsewhere; without an HTTPS listener it serves.
+const (
+	PlainAuto Plain = iota
+	PlainServe
+	PlainRedirect
+)
+
+// Config is what New needs. Only State and one of HTTP and HTTPS must be set.
+type Config struct {
+	HTTP, HTTPS net.Listener // either may be nil; Run closes them
+	Control     net.Listener // the daemon's unix socket; nil for none; Run closes it
+	State       string       // file of the last good table; its directory must exist
+	CA          string       // directory of the internal CA (NewCA); needed with HTTPS
+	Gateway     Gateway      // nil: JSON for gRPC apps is answered 501
+	Plain       Plain
+	Version     string       // of this binary, for Status
+	Log         *slog.Logger // nil discards
+	Limits      Limits
+}
+
+// Limits bound what a client or an app may make the router hold. The zero
+// value of a field means its default.
+type Limits struct {
+	Header          int           // bytes of a request's or an answer's head; 64 KB
+	HeaderRead      time.Duration // for a request's head and the TLS handshake; 20 s
+	Idle            time.Duration // of a client's connection between requests; 2 min
+	BodyIdle        time.Duration // between two parts of a body, either way; 1 min
+	BodyRate        int           // bytes a second a body of known length must keep up, after HeaderRead; 100
+	ConnsPerIP      int           // open connections from one address; 2,000
+	Streams         int           // concurrent HTTP/2 streams of a connection; 128
+	Dial            time.Duration // to an endpoint; 3 s
+	ResponseHead    time.Duration // from a sent request to the head of its answer; 10 min
+	UpstreamIdle    time.Duration // of a connection to an app, shorter than what apps allow; 4 s
+	IdlePerEndpoint int           // idle connections kept to an endpoint; 256
+	Grace           time.Duration // for what is in flight when Run ends; 30 s
+}
+
+type limits = Limits
+
+func (l Limits) withDefaults() *limits {
+	set := func(p *time.Duration, d time.Duration) {
+		if *p <= 0 {
+			*p = d
+		}
+	}
+	num := func(p *int, d int) {
+		if *p <= 0 {
+			*p = d
+		}
+	}
+	num(&l.Header, 64<<10)
+	num(&l.BodyRate, 100)
+	num(&l.ConnsPerIP, 2000)
+	num(&l.Streams, 128)
+	num(&l.IdlePerEndpoint, 256)
+	set(&l.HeaderRead, 20*time.Second)
+	set(&l.Idle, 2*time.Minute)
+	set(&l.BodyIdle, time.Minute)
+	set(&l.Dial, 3*time.Second)
+	set(&l.ResponseHead, 10*time.Minute)
+	set(&l.UpstreamIdle, 4*time.Second)
+	set(&l.Grace, 30*time.Second)
+	return &l
+}
+
+// A Router serves one table at a time. It is an http.Handler too, for tests
+// and for who brings their own listener.
+type Router struct {
+	cfg     Config
+	limits  *limits
+	log     *slog.Logger
+	certs   *certs
+	started time.Time
+	live    atomic.Pointer[live]
+
+	mu      sync.Mutex // guards retired and the order of puts
+	retired map[releaseID][]*endpoint
+}
+
+// New checks cfg and loads the last good table, so that Run serves before the
+// daemon is up. A table that cannot be read is no error: the router starts
+// empty, logs it and waits for the daemon.
+func New(cfg Config) (*Router, error) {
+	if cfg.Log == nil {
+		cfg.Log = slog.New(slog.DiscardHandler)
+	}
+	rt := &Router{cfg: cfg, limits: cfg.Limits.withDefaults(), log: cfg.Log, started: time.Now(), retired: map[releaseID][]*endpoint{}}
+	if cfg.State == "" {
+		return nil, m3o.Errorf(m3o.Invalid, "router needs a file for its table")
+	}
+	if cfg.HTTPS != nil {
+		ca, err := LoadCA(cfg.CA)
+		if err != nil {
+			return nil, err
+		}
+		rt.certs = &certs{ca: ca, rt: rt}
+	}
+	if cfg.Control != nil && cfg.Control.Addr().Network() == "unix" {
+		if err := os.Chmod(cfg.Control.Addr().String(), 0o600); err != nil {
+			return nil, fmt.Errorf("close the control socket to others: %w", err)
+		}
+	}
+	b, err := os.ReadFile(cfg.State)
+	if errors.Is(err, fs.ErrNotExist) {
+		return rt, nil
+	}
+	var t Table
+	if err == nil {
+		t, err = decodeTable(b)
+	}
+	if err != nil {
+		rt.log.Warn("last good table is unreadable, starting empty", "file", cfg.State, "err", err)
+		return rt, nil
+	}
+	l, _ := build(t, hashOf(b), nil, rt.limits)
+	rt.live.Store(l)
+	return rt, nil
+}
+
+// Put makes t the table: checked, on disk, then live in one step. After an
+// error the old table stays. Requests in flight on endpoints that t lacks go
+// on until they end or Drain ends them.
+func (rt *Router) Put(t Table) error {
+	if err := t.Validate(); err != nil {
+		return err
+	}
+	b, err := encodeTable(t)
+	if err != nil {
+		return err
+	}
+	rt.mu.Lock()
+	defer rt.mu.Unlock()
+	if err := atomicfile.Write(rt.cfg.State, b, 0o600); err != nil {
+		return fmt.Errorf("keep table: %w", err)
+	}
+	l, gone := build(t, hashOf(b), rt.live.Load(), rt.limits)
+	rt.live.Store(l)
+	for _, e := range gone {
+		e.retire()
+		rt.retired[e.id] = append(rt.retired[e.id], e)
+	}
+	rt.forgetIdle()
+	if rt.certs != nil {
+		rt.certs.forget(l)
+	}
+	return nil
+}
+
+// forgetIdle drops retired endpoints with nothing in flight. rt.mu is held.
+func (rt *Router) forgetIdle() {
+	for id, es := range rt.retired {
+		left := es[:0]
+		for _, e := range es {
+			if e.inflight.Load() > 0 {
+				left = append(left, e)
+			} else {
+				e.closeIdle()
+			}
+		}
+		if len(left) == 0 {
+			delete(rt.retired, id)
+		} else {
+			rt.retired[id] = left
+		}
+	}
+}
+
+// Drained says how a drain went.
+type Drained struct {
+	Waited int `json:"waited"` // requests in flight when it began
+	Cut    int `json:"cut"`    // of those still in flight at the deadline, ended politely
+}
+
+// Drain waits until no request is in flight on endpoints of that release which
+// the table no longer has: all of them once another release is live, those
+// taken away by a scale-down otherwise. When ctx ends at its deadline it ends
+// the rest politely: gRPC with UNAVAILABLE, WebSocket with close 1001, event
+// streams after what was sent, HTTP that has no answer yet with 503; an answer
+// half sent is cut off. A cancelled ctx ends the wait and cuts nothing. It is
+// repeatable, and done at once for a release nobody knows.
+func (rt *Router) Drain(ctx context.Context, app string, release int) (Drained, error) {
+	rt.mu.Lock()
+	es := append([]*endpoint(nil), rt.retired[releaseID{app, release}]...)
+	rt.mu.Unlock()
+	var d Drained
+	for _, e := range es {
+		d.Waited += int(e.inflight.Load())
+	}
+	err := waitAll(ctx, es)
+	if err != nil && !errors.Is(err, context.DeadlineExceeded) {
+		return d, fmt.Errorf("drain v%d of %s: %w", release, app, err)
+	}
+	if err != nil {
+		for _, e := range es {
+			d.Cut += e.cutAll()
+		}
+		rest, cancel := context.WithTimeout(context.WithoutCancel(ctx), leaveTime)
+		defer cancel()
+		if err := waitAll(rest, es); err != nil {
+			return d, m3o.Errorf(m3o.Unavailable, "requests of v%d of %s do not end", release, app)
+		}
+	}
+	rt.mu.Lock()
+	rt.forgetIdle()
+	rt.mu.Unlock()
+	return d, nil
+}
+
+// leaveTime is what cut requests have to say goodbye in.
+const leaveTime = 5 * time.Second
+
+func waitAll(ctx context.Context, es []*endpoint) error {
+	for _, e := range es {
+		if err := e.waitIdle(ctx); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// Status is what the router is doing.
+type Status struct {
+	PID     int                  `json:"pid"`
+	Version string               `json:"version"`
+	Started time.Time            `json:"started"`
+	Domain  string               `json:"domain"` // of the table; "" before the first
+	Table   string               `json:"table"`  // hash of the table; changes with it
+	Hosts   int                  `json:"hosts"`
+	Apps    map[string]AppStatus `json:"apps"`
+}
+
+// AppStatus counts an app's requests since the router started.
+type AppStatus struct {
+	Requests int64 `json:"requests"` // begun
+	Failures int64 `json:"failures"` // answered or ended by the router in the app's stead
+	InFlight int64 `json:"in_flight"`
+}
+
+// Status is safe to call at any time.
+func (rt *Router) Status() Status {
+	s := Status{PID: os.Getpid(), Version: rt.cfg.Version, Started: rt.started, Apps: map[string]AppStatus{}}
+	l := rt.live.Load()
+	if l == nil {
+		return s
+	}
+	s.Domain, s.Table, s.Hosts = l.table.Domain, l.hash, len(l.hosts)
+	for _, h := range l.hosts {
+		if h.App != "" {
+			s.Apps[h.App] = AppStatus{h.app.requests.Load(), h.app.failures.Load(), h.app.inflight.Load()}
+		}
+	}
+	return s
+}
+
+// TableHash is what Status.Table is for t: the daemon compares before it puts.
+func TableHash(t Table) (string, error) {
+	b, err := encodeTable(t)
+	if err != nil {
+		return "", err
+	}
+	return hashOf(b), nil
+}
+
+// Run serves until ctx ends, then stops taking connections, lets what is in
+// flight end for up to Limits.Grace, WebSockets at once with close 1001, cuts
+// the rest politely and returns when all has ended. Control stops first.
+func (rt *Router) Run(ctx context.Context) error {
+	srv := &http.Server{
+		Handler:           rt,
+		ReadHeaderTimeout: rt.limits.HeaderRead,
+		IdleTimeout:       rt.limits.Idle,
+		MaxHeaderBytes:    rt.limits.Header,
+		Protocols:         new(http.Protocols),
+		HTTP2: &http.HTTP2Config{
+			MaxConcurrentStreams: rt.limits.Streams,
+			SendPingTimeout:      30 * time.Second,
+			PingTimeout:          15 * time.Second,
+			WriteByteTimeout:     rt.limits.BodyIdle,
+		},
+		// One line for every bad client would be a log flood.
+		ErrorLog: slog.NewLogLogger(rt.log.Handler(), slog.LevelDebug),
+	}
+	srv.Protocols.SetHTTP1(true)
+	srv.Protocols.SetHTTP2(true)
+	srv.Protocols.SetUnencryptedHTTP2(true)
+
+	serve, fail := context.WithCancelCause(ctx)
+	defer fail(nil)
+	var wg sync.WaitGroup
+	start := func(what string, f func() error) {
+		wg.Go(func() {
+			if err := f(); err != nil && !errors.Is(err, http.ErrServerClosed) && !errors.Is(err, net.ErrClosed) {
+				fail(fmt.Errorf("%s: %w", what, err))
+			}
+		})
+	}
+	gate := &gate{perIP: rt.limits.ConnsPerIP, count: map[string]int{}}
+	var lns []net.Listener
+	if rt.cfg.HTTP != nil {
+		ln := &plainListener{Listener: rt.cfg.HTTP, gate: gate, lim: rt.limits}
+		lns = append(lns, ln)
+		start("serve http", func() error { return srv.Serve(ln) })
+	}
+	if rt.cfg.HTTPS != nil {
+		ln := newTLSListener(rt.cfg.HTTPS, gate, rt.limits, &tls.Config{
+			GetCertificate: rt.certs.get, NextProtos: []string{"h2", "http/1.1"}, MinVersion: tls.VersionTLS12,
+		}, rt.log)
+		lns = append(lns, ln)
+		start("accept https", ln.run)
+		start("serve https", func() error { return srv.Serve(ln) })
+	}
+	var control *http.Server
+	if rt.cfg.Control != nil {
+		control = rt.controlServer(serve)
+		start("serve control", func() error { return control.Serve(rt.cfg.Control) })
+	}
+	wg.Go(func() { rt.housekeep(serve) })
+
+	<-serve.Done()
+	cause := context.Cause(serve)
+	if control != nil {
+		_ = control.Close() // its requests end with serve
+	}
+	rt.shutdown(ctx, srv, lns)
+	wg.Wait()
+	rt.closeIdle()
+	if ctx.Err() != nil && errors.Is(cause, context.Cause(ctx)) {
+		return nil
+	}
+	return cause
+}
+
+func (rt *Router) shutdown(ctx context.Context, srv *http.Server, lns []net.Listener) {
+	for _, ln := range lns {
+		_ = ln.Close() // Shutdown closes it again
+	}
+	rt.each(func(e *endpoint) { e.cutUpgrades() })
+	ctx = context.WithoutCancel(ctx)
+	grace, cancel := context.WithTimeout(ctx, rt.limits.Grace)
+	defer cancel()
+	if srv.Shutdown(grace) != nil {
+		rt.each(func(e *endpoint) { e.cutAll() })
+		rest, cancel := context.WithTimeout(ctx, leaveTime)
+		defer cancel()
+		if srv.Shutdown(rest) != nil {
+			_ = srv.Close() // what is left has had its time
+		}
+	}
+	// Hijacked connections are not the server's any more: wait for them.
+	rest, cancel := context.WithTimeout(ctx, leaveTime)
+	defer cancel()
+	rt.each(func(e *endpoint) { _ = e.waitIdle(rest) })
+}
+
+// each calls f for every endpoint of the table and every retired one.
+func (rt *Router) each(f func(*endpoint)) {
+	seen := map[*endpoint]bool{}
+	var all []*endpoint
+	add := func(e *endpoint) {
+		if !seen[e] {
+			seen[e] = true
+			all = append(all, e)
+		}
+	}
+	if l := rt.live.Load(); l != nil {
+		for _, h := range l.hosts {
+			for _, e := range h.pool {
+				add(e)
+			}
+		}
+	}
+	rt.mu.Lock()
+	for _, es := range rt.retired {
+		for _, e := range es {
+			add(e)
+		}
+	}
+	rt.mu.Unlock()
+	for _, e := range all {
+		f(e)
+	}
+}
+
+func (rt *Router) closeIdle() { rt.each(func(e *endpoint) { e.closeIdle() }) }
+
+// housekeep closes connections to apps that have been idle too long.
+func (rt *Router) housekeep(ctx context.Context) {
+	tick := time.NewTicker(rt.limits.UpstreamIdle)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+			rt.each(func(e *endpoint) { e.h1.prune(rt.limits.UpstreamIdle) })
+		}
+	}
+}
