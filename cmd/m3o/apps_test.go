@@ -369,7 +369,7 @@ func TestKeysAndUsers(t *testing.T) {
 	l.do("keys", "add", "-", "--user", "grace").want(t, 0, []string{" for grace"}, nil)
 	l.m3o("keys:remove", "test@laptop").want(t, 2, nil, []string{`2 keys are called "test@laptop"`})
 	l.m3o("keys:remove", "nobody").want(t, 1, nil, []string{`no key called "nobody"`})
-	l.do("keys:remove", (&key{public: k.PublicKey()}).fingerprint()).want(t, 0, []string{"removed SHA256:"}, []string{"m3o: undo: m3o keys:add"})
+	l.do("keys:remove", (&key{public: k}).fingerprint()).want(t, 0, []string{"removed SHA256:"}, []string{"m3o: undo: m3o keys:add"})
 	l.do("keys:remove", "test@laptop").want(t, 0, []string{"removed SHA256:"}, nil)
 	l.do("users:create", "linus", "--admin").want(t, 0, []string{"made linus"}, []string{"m3o keys:add FILE --user linus"})
 	l.do("users", "create", "ken", "--key", filepath.Join(ssh, "other.pub"))

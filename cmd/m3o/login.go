@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"connectrpc.com/connect"
+	"golang.org/x/crypto/ssh"
 
 	m3ov1 "github.com/m3o/m3o/api/m3o/v1"
 )
@@ -59,6 +60,12 @@ func runLogin(ctx context.Context, c *call) error {
 
 	if code != "" {
 		k := ring.keys[0]
+		// The code works once: be sure to be able to sign before it is spent.
+		signer, err := k.signer(ctx)
+		if err != nil {
+			return err
+		}
+		k.signer = func(context.Context) (ssh.Signer, error) { return signer, nil }
 		c.say("registering %s (%s)", k.fingerprint(), k.from)
 		res, err := ask(ctx, cl.auth.Bootstrap, &m3ov1.BootstrapRequest{Code: code, User: c.value("user"), PublicKey: k.line()})
 		if err != nil {
