@@ -52,6 +52,14 @@ func runLogin(ctx context.Context, c *call) error {
 	if err != nil {
 		return err
 	}
+	if want := "api." + info.GetDomain(); info.GetDomain() != "" && u.Hostname() != want {
+		// The signature names the host, so by another name it would be refused.
+		at := url.URL{Scheme: u.Scheme, Host: want}
+		if u.Port() != "" {
+			at.Host += ":" + u.Port()
+		}
+		return fail("the API of this server is at "+want+", not "+u.Hostname(), "m3o login "+at.String())
+	}
 	ring, err := c.openKeys(ctx, c.value("key"))
 	if err != nil {
 		return err
@@ -204,7 +212,7 @@ func (c *call) believe(ctx context.Context, u *url.URL, stored string) (*client,
 		} else {
 			c.say("The certificate of %s is signed by a CA of its own.", u.Host)
 		}
-		c.say("SHA-256 fingerprint of the CA: %s", print)
+		c.say("Fingerprint of the CA: %s", print)
 		if !c.inTerminal {
 			return nil, nil, misuse(fmt.Sprintf("the CA of %s is not known, and there is no terminal to ask on", u.Host),
 				"compare the fingerprint above with the one m3od printed at its first start, then add --ca-fingerprint "+print)

@@ -153,8 +153,8 @@ func TestLoginAsksBeforeItTrustsACA(t *testing.T) {
 		{"no", true, "n\n", nil, 1, "the CA is not trusted"},
 		{"nothing", true, "\n", nil, 1, "the CA is not trusted"},
 		{"end of input", true, "", nil, 1, "the CA is not trusted"},
-		{"yes", true, "y\n", nil, 0, "SHA-256 fingerprint of the CA: " + fp},
-		{"right fingerprint, other form", false, "", []string{"--ca-fingerprint", "sha256:" + strings.ToLower(strings.ReplaceAll(fp, ":", ""))}, 0, ""},
+		{"yes", true, "y\n", nil, 0, "Fingerprint of the CA: " + fp},
+		{"right fingerprint, other form", false, "", []string{"--ca-fingerprint", strings.ToLower(strings.TrimPrefix(fp, "SHA256:"))}, 0, ""},
 		{"wrong fingerprint", false, "", []string{"--ca-fingerprint", strings.Repeat("AB", 32)}, 1, "somebody is in between"},
 		{"no fingerprint at all", false, "", []string{"--ca-fingerprint", "AB:CD"}, 2, "is no SHA-256 fingerprint"},
 		{"two answers", false, "", []string{"--ca-fingerprint", fp, "--ca", "x"}, 2, "both given"},
@@ -246,6 +246,18 @@ func TestLoginMisuse(t *testing.T) {
 		{[]string{"login", "--kee", "x"}, "did you mean --key"},
 	} {
 		l.m3o(tc.args...).want(t, 2, nil, []string{tc.stderr})
+	}
+}
+
+// By another name of the same host every signature would be refused.
+func TestLoginByAnotherNameOfTheHostSaysTheRightOne(t *testing.T) {
+	p, l := newPlatform(t), newLaptop(t)
+	l.keyFile("id_ed25519", "")
+	url := strings.Replace(serveTLS(t, p.handler(), p.ca.leaf(t, "www.localhost", time.Now().Add(time.Hour))), "api.", "www.", 1)
+	l.m3o("login", url, "--code", "first-start", "--ca-fingerprint", fingerprint(p.ca.cert)).want(t, 1, nil,
+		[]string{"the API of this server is at api.localhost, not www.localhost", "m3o: hint: m3o login " + strings.Replace(url, "www.", "api.", 1)})
+	if p.code == "" {
+		t.Error("the code was spent")
 	}
 }
 

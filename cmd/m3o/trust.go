@@ -24,18 +24,17 @@ import (
 	"github.com/m3o/m3o/internal/atomicfile"
 )
 
-// fingerprint is the SHA-256 of a certificate as openssl x509 prints it.
+// fingerprint is the SHA-256 of a certificate, written as m3od writes it at
+// its first start so that the two can be compared at a glance.
 func fingerprint(cert *x509.Certificate) string {
 	sum := sha256.Sum256(cert.Raw)
-	parts := make([]string, len(sum))
-	for i, b := range sum {
-		parts[i] = fmt.Sprintf("%02X", b)
-	}
-	return strings.Join(parts, ":")
+	return printSum(sum[:])
 }
 
-// parseFingerprint reads a SHA-256 in hex, with or without colons, or in
-// base64 as ssh prints them, after an optional "SHA256:".
+func printSum(sum []byte) string { return "SHA256:" + strings.ToUpper(hex.EncodeToString(sum)) }
+
+// parseFingerprint reads a SHA-256 in hex, with or without colons as openssl
+// prints them, or in base64 as ssh does, after an optional "SHA256:".
 func parseFingerprint(s string) (string, error) {
 	t := strings.TrimSpace(s)
 	if len(t) > 7 && strings.EqualFold(t[:7], "sha256:") {
@@ -46,14 +45,9 @@ func parseFingerprint(s string) (string, error) {
 		b, err = base64.RawStdEncoding.DecodeString(strings.TrimRight(t, "="))
 	}
 	if err != nil || len(b) != sha256.Size {
-		return "", misuse(quoted(s)+" is no SHA-256 fingerprint", "m3od prints it at its first start: 32 bytes in hex, with colons between")
+		return "", misuse(quoted(s)+" is no SHA-256 fingerprint", "m3od prints it at its first start: SHA256: and 64 hex digits")
 	}
-	out := strings.ToUpper(hex.EncodeToString(b))
-	var parts []string
-	for i := 0; i < len(out); i += 2 {
-		parts = append(parts, out[i:i+2])
-	}
-	return strings.Join(parts, ":"), nil
+	return printSum(b), nil
 }
 
 // parseCA reads the one certificate of a PEM file, which must be a CA's.
@@ -165,12 +159,12 @@ func runTrust(ctx context.Context, c *call) error {
 		return nil
 	}
 	sum := fingerprint(ca)
-	id := strings.ToLower(strings.ReplaceAll(sum, ":", ""))[:12]
+	id := strings.ToLower(strings.TrimPrefix(sum, "SHA256:"))[:12]
 	inst := &installer{call: c, cert: ca, file: "m3o-" + id + ".crt", nick: "m3o " + id}
 	if c.has("uninstall") {
 		inst.uninstall(ctx)
 	} else {
-		c.say("CA of %s, SHA-256 %s", cl.url.Host, sum)
+		c.say("CA of %s, %s", cl.url.Host, sum)
 		if names := ca.PermittedDNSDomains; len(names) > 0 && ca.PermittedDNSDomainsCritical {
 			c.say("it can speak only for %s and the names below", strings.Join(names, ", "))
 		} else if ok, err := c.unlimited(ctx, cl.url.Host); err != nil || !ok {

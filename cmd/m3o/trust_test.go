@@ -1,7 +1,11 @@
 package main
 
 import (
+	"crypto/sha256"
+	"encoding/base64"
+	"encoding/hex"
 	"encoding/json"
+	"fmt"
 	"os"
 	"path/filepath"
 	goruntime "runtime"
@@ -52,7 +56,7 @@ func TestTrustWithoutRootTellsTheCommand(t *testing.T) {
 		t.Fatal(err)
 	}
 	seen := programs(t, "update-ca-certificates")
-	l.do("trust").want(t, 0, nil, []string{"SHA-256 " + fingerprint(p.ca.cert), "it can speak only for localhost",
+	l.do("trust").want(t, 0, nil, []string{"CA of api.localhost", fingerprint(p.ca.cert), "it can speak only for localhost",
 		"m3o: hint: m3o trust --print | sudo tee " + store + "/m3o-", "sudo update-ca-certificates"})
 	if es, _ := os.ReadDir(store); len(es) != 0 {
 		t.Errorf("something was written: %v", es)
@@ -147,9 +151,18 @@ func TestTrustOfPublicCertificates(t *testing.T) {
 }
 
 func TestParseFingerprint(t *testing.T) {
-	want := fingerprint(newAuthority(t, true).cert)
-	bare := strings.ReplaceAll(want, ":", "")
-	for _, s := range []string{want, bare, strings.ToLower(want), "SHA256:" + bare, " sha256:" + want + "\n"} {
+	cert := newAuthority(t, true).cert
+	want := fingerprint(cert)
+	bare := strings.TrimPrefix(want, "SHA256:")
+	if sum := sha256.Sum256(cert.Raw); bare != fmt.Sprintf("%X", sum) {
+		t.Errorf("fingerprint %s, want the SHA-256 %X", want, sum)
+	}
+	raw, err := hex.DecodeString(bare)
+	if err != nil {
+		t.Fatal(err)
+	}
+	openssl := strings.ReplaceAll(fmt.Sprintf("% X", raw), " ", ":")
+	for _, s := range []string{want, bare, strings.ToLower(want), openssl, " sha256:" + openssl + "\n", "SHA256:" + base64.RawStdEncoding.EncodeToString(raw)} {
 		if got, err := parseFingerprint(s); err != nil || got != want {
 			t.Errorf("%q is %q, %v", s, got, err)
 		}
