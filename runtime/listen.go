@@ -13,13 +13,13 @@ import (
 // ReadListeners reads the listening sockets from a /proc/net/tcp or
 // /proc/net/tcp6 file (see proc_net_tcp in the kernel's documentation: each
 // group of four address bytes is one number in the machine's byte order; only
-// little-endian machines are supported).
-func ReadListeners(r io.Reader) ([]netip.AddrPort, error) {
+// little-endian machines are supported). With inodes, only those sockets count.
+func ReadListeners(r io.Reader, inodes map[string]bool) ([]netip.AddrPort, error) {
 	var all []netip.AddrPort
 	sc := bufio.NewScanner(r)
 	for sc.Scan() {
 		f := strings.Fields(sc.Text())
-		if len(f) < 4 || f[3] != "0A" { // TCP_LISTEN
+		if len(f) < 10 || f[3] != "0A" || inodes != nil && !inodes[f[9]] { // TCP_LISTEN
 			continue
 		}
 		host, port, _ := strings.Cut(f[1], ":")

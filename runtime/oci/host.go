@@ -535,7 +535,7 @@ func (h *handle) Listening() ([]netip.AddrPort, error) {
 		if err != nil {
 			return all, fmt.Errorf("list sockets: %w", err)
 		}
-		some, err := runtime.ReadListeners(f)
+		some, err := runtime.ReadListeners(f, nil)
 		_ = f.Close()
 		if err != nil {
 			return all, err

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -14,6 +15,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/m3o/m3o/internal/need"
 	"github.com/m3o/m3o/runtime/oci"
@@ -116,4 +118,82 @@ func (r rig) serve(t *testing.T) (d *oci.Driver, end func()) {
 			t.Errorf("Serve = %v", err)
 		}
 	}
+}
+
+func shutdown(t *testing.T, d *oci.Driver) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	defer cancel()
+	if err := d.Shutdown(ctx); err != nil {
+		t.Errorf("Shutdown = %v", err)
+	}
+}
+
+// leftovers lists what is on the machine of this rig's instances: bundles,
+// records, runc's state, mounts, cgroups, devices and processes.
+func (r rig) leftovers(t *testing.T) []string {
+	t.Helper()
+	var left []string
+	for _, dir := range []string{"bundles", "instances"} {
+		left = append(left, list(t, filepath.Join(r.cfg.Dir, dir))...)
+	}
+	left = append(left, list(t, r.cfg.Run)...)
+	b, err := os.ReadFile("/proc/self/mountinfo")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for l := range strings.Lines(string(b)) {
+		f := strings.Fields(l)
+		if strings.HasPrefix(f[4], r.cfg.Dir) && f[4] != filepath.Join(r.cfg.Dir, "logs") {
+			left = append(left, "mount "+f[4])
+		}
+		if _, fs, _ := strings.Cut(l, " - "); strings.HasPrefix(fs, "cgroup") {
+			for _, e := range list(t, filepath.Join(f[4], r.cfg.Name)) {
+				if fi, err := os.Stat(e); err == nil && fi.IsDir() {
+					left = append(left, "cgroup "+e)
+				}
+			}
+		}
+	}
+	ifs, err := net.Interfaces()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, i := range ifs {
+		if strings.HasPrefix(i.Name, r.cfg.Name+"-") {
+			left = append(left, "device "+i.Name)
+		}
+	}
+	return append(left, r.processes(t)...)
+}
+
+func list(t *testing.T, dir string) []string {
+	t.Helper()
+	es, err := os.ReadDir(dir)
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		t.Fatal(err)
+	}
+	var out []string
+	for _, e := range es {
+		out = append(out, filepath.Join(dir, e.Name()))
+	}
+	return out
+}
+
+// processes are the shims, runcs and apps of this rig.
+func (r rig) processes(t *testing.T) []string {
+	t.Helper()
+	var out []string
+	for _, p := range list(t, "/proc") {
+		cmd, err := os.ReadFile(filepath.Join(p, "cmdline"))
+		if err != nil {
+			continue
+		}
+		line := strings.ReplaceAll(string(cmd), "\x00", " ")
+		group, _ := os.ReadFile(filepath.Join(p, "cgroup"))
+		if strings.Contains(line, r.cfg.Dir) && !strings.Contains(line, ".test") || strings.Contains(string(group), ":/"+r.cfg.Name+"/") {
+			out = append(out, "process "+filepath.Base(p)+" "+line)
+		}
+	}
+	return out
 }

@@ -28,6 +28,7 @@ type Process struct {
 	In       io.Reader
 	Out, Err io.Writer
 	Listen   func(network, addr string) (net.Listener, error)
+	Killed   <-chan struct{} // closed where there is no SIGKILL; nil in a real process
 }
 
 // Main runs until done or, if it serves, until ctx ends, and returns the exit
@@ -199,6 +200,7 @@ func serve(ctx context.Context, p Process, addr, kind string) int {
 	case <-stop:
 		say(p.Out, "asked to end")
 	case exit = <-code:
+	case <-p.Killed:
 	}
 	_ = s.Close()
 	<-done
