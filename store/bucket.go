@@ -63,18 +63,33 @@ func NewBucket[T any](ctx context.Context, s *Store, name string) (*Bucket[T], e
 	if !streamName.MatchString(name) {
 		return nil, fmt.Errorf("bad bucket name %q", name)
 	}
-	kv, err := s.js.CreateOrUpdateKeyValue(ctx, jetstream.KeyValueConfig{
+	cfg := jetstream.KeyValueConfig{
 		Bucket:         prefix + name,
 		History:        1,
 		MaxValueSize:   MaxValue + 4096, // the engine counts the headers
 		Storage:        jetstream.FileStorage,
 		Replicas:       s.cfg.Replicas,
 		LimitMarkerTTL: markerTTL,
-	})
+	}
+	kv, err := s.js.KeyValue(ctx, cfg.Bucket)
+	if err != nil || !sameBucket(ctx, kv, cfg) {
+		// Not always: it writes and syncs the bucket's description anew.
+		kv, err = s.js.CreateOrUpdateKeyValue(ctx, cfg)
+	}
 	if err != nil {
 		return nil, s.fail(ctx, "open bucket "+name, err)
 	}
 	return &Bucket[T]{s: s, name: name, kv: kv, stream: "KV_" + prefix + name, pre: "$KV." + prefix + name + "."}, nil
+}
+
+func sameBucket(ctx context.Context, kv jetstream.KeyValue, want jetstream.KeyValueConfig) bool {
+	st, err := kv.Status(ctx)
+	if err != nil {
+		return false
+	}
+	have := st.Config()
+	return have.History == want.History && have.MaxValueSize == want.MaxValueSize && have.Storage == want.Storage &&
+		have.Replicas == want.Replicas && have.LimitMarkerTTL == want.LimitMarkerTTL
 }
 
 // Get reads one record. A key that is not there is NotFound.
@@ -132,6 +147,11 @@ func (b *Bucket[T]) write(ctx context.Context, key string, v T, put func(string,
 	if len(data) > MaxValue {
 		return 0, fmt.Errorf("write %s/%s: %w", b.name, key, tooBig())
 	}
+	end, err := b.s.begin()
+	if err != nil {
+		return 0, fmt.Errorf("write %s/%s: %w", b.name, key, err)
+	}
+	defer end()
 	if err := b.s.room(); err != nil {
 		return 0, fmt.Errorf("write %s/%s: %w", b.name, key, err)
 	}
@@ -149,6 +169,11 @@ func (b *Bucket[T]) Delete(ctx context.Context, key string, rev Rev) error {
 	if err != nil {
 		return err
 	}
+	end, err := b.s.begin()
+	if err != nil {
+		return fmt.Errorf("delete %s/%s: %w", b.name, key, err)
+	}
+	defer end()
 	opts := []jetstream.KVDeleteOpt{jetstream.PurgeTTL(markerTTL)}
 	if rev != 0 {
 		opts = append(opts, jetstream.LastRevision(uint64(rev)))

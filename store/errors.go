@@ -36,6 +36,10 @@ func (s *Store) room() error {
 	return nil
 }
 
+func closedError(err error) error {
+	return &m3o.Error{Kind: m3o.Unavailable, Msg: "the state store is closed", Err: err}
+}
+
 func diskFull(dir string, err error) error {
 	where := "of the NATS server"
 	if dir != "" {
@@ -66,7 +70,7 @@ func (s *Store) fail(ctx context.Context, what string, err error) error {
 	case errors.Is(ctx.Err(), context.Canceled):
 		return fmt.Errorf("%s: %w", what, ctx.Err())
 	case s.isClosed(), errors.Is(err, nats.ErrConnectionClosed):
-		return unavailable("the state store is closed", "")
+		return fmt.Errorf("%s: %w", what, closedError(err))
 	case errors.Is(err, nats.ErrMaxPayload):
 		return fmt.Errorf("%s: %w", what, tooBig())
 	case isSilence(err):

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"iter"
+	"slices"
 	"strings"
 	"time"
 
@@ -66,10 +67,20 @@ func (s *Store) Log(ctx context.Context, name string, o LogOptions) (*Log, error
 	if o.Relaxed {
 		cfg.PersistMode = jetstream.AsyncPersistMode
 	}
+	if st, err := s.js.Stream(ctx, l.stream); err == nil && sameStream(st.CachedInfo().Config, cfg) {
+		return l, nil
+	}
 	if _, err := s.js.CreateOrUpdateStream(ctx, cfg); err != nil {
 		return nil, s.fail(ctx, "open log "+name, err)
 	}
 	return l, nil
+}
+
+func sameStream(have, want jetstream.StreamConfig) bool {
+	return slices.Equal(have.Subjects, want.Subjects) && have.Storage == want.Storage && have.Replicas == want.Replicas &&
+		have.Discard == want.Discard && have.MaxBytes == want.MaxBytes && have.MaxMsgsPerSubject == want.MaxMsgsPerSubject &&
+		have.MaxMsgs == want.MaxMsgs && have.MaxMsgSize == want.MaxMsgSize && have.MaxAge == want.MaxAge &&
+		have.AllowDirect == want.AllowDirect && have.DenyDelete == want.DenyDelete && have.PersistMode == want.PersistMode
 }
 
 func orUnlimited(n int64) int64 {
@@ -89,6 +100,11 @@ func (l *Log) Append(ctx context.Context, subject string, data []byte) (uint64, 
 	if len(data) > MaxValue {
 		return 0, fmt.Errorf("%s: %w", what, tooBig())
 	}
+	end, err := l.s.begin()
+	if err != nil {
+		return 0, fmt.Errorf("%s: %w", what, err)
+	}
+	defer end()
 	if err := l.s.room(); err != nil {
 		return 0, fmt.Errorf("%s: %w", what, err)
 	}

@@ -56,7 +56,7 @@ func (s *Store) batch(ctx context.Context, stream, filter string, from uint64, l
 	if err != nil {
 		return 0, err
 	}
-	defer sub.Unsubscribe() //nolint:errcheck // fails only when the connection is gone
+	defer func() { _ = sub.Unsubscribe() }() // fails only when the connection is gone
 	if err := s.nc.PublishRequest("$JS.API.DIRECT.GET."+stream, inbox, req); err != nil {
 		return 0, err
 	}

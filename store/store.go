@@ -83,6 +83,7 @@ type Store struct {
 	closeOnce sync.Once
 	closeErr  error
 	closed    chan struct{}
+	writes    sync.RWMutex // held for reading by each write under way, so that Close can wait for them
 }
 
 // Open starts the embedded server, or connects to the external one, and
@@ -212,20 +213,36 @@ func (s *Store) heal(ctx context.Context) {
 	}
 }
 
-// Close lets requests under way finish, ends all watches and stops the
-// embedded server. It may be called twice, and beside Run.
+// Close refuses new writes, lets those under way finish, ends all watches and
+// stops the embedded server. It may be called twice, and beside Run.
 func (s *Store) Close() error {
 	s.closeOnce.Do(func() {
 		close(s.closed)
-		// A flush is a round trip, so what was sent before has been taken. The
-		// external server may be away; then there is nothing to wait for.
-		if s.nc.IsConnected() {
-			_ = s.nc.FlushTimeout(2 * time.Second)
+		idle := make(chan struct{})
+		go func() { // ends at the latest when nc.Close ends the writes
+			s.writes.Lock()
+			defer s.writes.Unlock()
+			close(idle)
+		}()
+		select {
+		case <-idle:
+		case <-time.After(opTimeout):
 		}
 		s.nc.Close()
+		<-idle
 		s.closeErr = s.engine.close()
 	})
 	return s.closeErr
+}
+
+// begin admits a write. The caller calls end when it has been answered.
+func (s *Store) begin() (end func(), err error) {
+	s.writes.RLock()
+	if s.isClosed() {
+		s.writes.RUnlock()
+		return nil, closedError(nil)
+	}
+	return s.writes.RUnlock, nil
 }
 
 func (s *Store) isClosed() bool {

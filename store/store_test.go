@@ -362,6 +362,56 @@ func TestRunEndsWithItsContext(t *testing.T) {
 	wantKind(t, <-ended, m3o.Unavailable)
 }
 
+// What Close refuses was not written, and what it let finish was.
+func TestCloseBetweenWrites(t *testing.T) {
+	dir := t.TempDir()
+	s := open(t, Config{Dir: dir})
+	b := bucket(t, s)
+	var mu sync.Mutex // guards acked and refused
+	var acked, refused []string
+	var wg sync.WaitGroup
+	warm := make(chan bool, 1000)
+	for w := range 6 {
+		wg.Go(func() {
+			for i := 0; ; i++ {
+				key := fmt.Sprintf("%d/%d", w, i)
+				_, err := b.Put(context.Background(), key, rec{N: i})
+				mu.Lock()
+				if err != nil {
+					wantKind(t, err, m3o.Unavailable)
+					refused = append(refused, key)
+					mu.Unlock()
+					return
+				}
+				acked = append(acked, key)
+				mu.Unlock()
+				select {
+				case warm <- true:
+				default:
+				}
+			}
+		})
+	}
+	for range 20 {
+		<-warm
+	}
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	wg.Wait()
+	b = bucket(t, open(t, Config{Dir: dir}))
+	for _, key := range acked {
+		if _, _, err := b.Get(t.Context(), key); err != nil {
+			t.Errorf("%s was acknowledged: %v", key, err)
+		}
+	}
+	for _, key := range refused {
+		if _, _, err := b.Get(t.Context(), key); m3o.KindOf(err) != m3o.NotFound {
+			t.Errorf("%s was refused: %v", key, err)
+		}
+	}
+}
+
 func TestSecondOpenerIsRefused(t *testing.T) {
 	dir := t.TempDir()
 	s := open(t, Config{Dir: dir})
