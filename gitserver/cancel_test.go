@@ -280,27 +280,21 @@ func TestMaintainPacksLooseObjectsAndYieldsToAPush(t *testing.T) {
 	t.Parallel()
 	s := newSite(t, siteConfig{})
 	c := s.work("hello")
-	var files []string
-	for i := range 1500 {
-		files = append(files, fmt.Sprintf("d%d/f%d", i%20, i), fmt.Sprint(i))
-	}
-	c.commit(files...)
+	c.commit("a", "1")
 	c.must("push", "m3o", "main")
 	s.idle()
 	repo := s.s.repoDir("hello")
-	packs, _ := filepath.Glob(repo + "/objects/pack/*.pack")
-	if len(packs) != 1 {
-		t.Fatalf("%d packs, want 1", len(packs))
+	// A commit of 1,200 files as loose objects.
+	var stream strings.Builder
+	stream.WriteString("commit refs/heads/large\ncommitter A <a@example.org> 0 +0000\ndata 0\n")
+	for i := range 1200 {
+		_, _ = fmt.Fprintf(&stream, "M 644 inline d%d/f%d\ndata %d\n%s\n", i%20, i, len(fmt.Sprint(i)), fmt.Sprint(i))
 	}
-	pack, err := os.ReadFile(packs[0])
-	if err != nil {
+	if _, err := runGit(t.Context(), repo, nil, stream.String(), "-c", "core.fsync=none", "-c", "fastimport.unpackLimit=100000", "fast-import", "--quiet"); err != nil {
 		t.Fatal(err)
 	}
-	for _, f := range []string{packs[0], strings.TrimSuffix(packs[0], ".pack") + ".idx", strings.TrimSuffix(packs[0], ".pack") + ".rev"} {
-		_ = os.Remove(f)
-	}
-	if _, err := runGit(t.Context(), repo, nil, string(pack), "-c", "core.fsync=none", "unpack-objects", "-q"); err != nil {
-		t.Fatal(err)
+	if loose, _ := filepath.Glob(repo + "/objects/??/*"); len(loose) < 1200 {
+		t.Fatalf("%d loose objects, want more than 1200", len(loose))
 	}
 	if err := s.s.Maintain(t.Context(), "hello"); err != nil {
 		t.Fatal(err)

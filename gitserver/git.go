@@ -80,9 +80,10 @@ func runGit(ctx context.Context, repo string, env []string, in string, args ...s
 	return string(out), nil
 }
 
-// A child is a git that talks with a client. It gets no parent-death signal:
-// when the daemon dies its pipes close, on which git ends by itself and drops
-// its quarantine, which it would not do when killed.
+// A child is a git that talks with a client. It gets no parent-death signal,
+// which comes when the thread that started it ends, not the process. When the
+// daemon dies its pipes close, on which git and the hooks end by themselves;
+// the quarantine is swept at the next start.
 type child struct {
 	cmd    *exec.Cmd
 	in     *os.File // what git reads

@@ -30,6 +30,8 @@ import (
 type users struct {
 	mu   sync.Mutex
 	keys map[string]string // wire → user
+
+	panicFor string // user
 }
 
 func (u *users) UserByKey(_ context.Context, wire []byte) (string, string, error) {
@@ -38,6 +40,9 @@ func (u *users) UserByKey(_ context.Context, wire []byte) (string, string, error
 	name, ok := u.keys[string(wire)]
 	if !ok {
 		return "", "", m3o.Errorf(m3o.NotFound, "unknown key")
+	}
+	if name == u.panicFor {
+		panic("in the user store")
 	}
 	key, err := gossh.ParsePublicKey(wire)
 	if err != nil {

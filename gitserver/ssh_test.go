@@ -258,21 +258,13 @@ func TestVerbsOverSSH(t *testing.T) {
 	wants(t, out, "Hello ada!")
 }
 
-type panicUsers struct{ Users }
-
-func (p panicUsers) UserByKey(ctx context.Context, wire []byte) (string, string, error) {
-	user, fp, err := p.Users.UserByKey(ctx, wire)
-	if user == "bob" {
-		panic("in the user store")
-	}
-	return user, fp, err
-}
-
 func TestAPanicWhileAuthenticatingEndsOnlyThatConnection(t *testing.T) {
 	t.Parallel()
 	s := newSite(t, siteConfig{})
 	s.addKey("bob", "bob")
-	s.s.cfg.Users = panicUsers{s.users}
+	s.users.mu.Lock()
+	s.users.panicFor = "bob"
+	s.users.mu.Unlock()
 	if _, code := s.ssh([]string{"bob"}, nil, "true"); code != 255 {
 		t.Errorf("exit code %d", code)
 	}
