@@ -28,6 +28,16 @@ type File struct {
 // image has args as its entrypoint.
 func WriteImage(t testing.TB, layout string, args []string, layers ...map[string]File) string {
 	t.Helper()
+	var raw [][]byte
+	for _, files := range layers {
+		raw = append(raw, Tar(t, files))
+	}
+	return WriteRawImage(t, layout, args, raw...)
+}
+
+// WriteRawImage is WriteImage with layers that are tar files already.
+func WriteRawImage(t testing.TB, layout string, args []string, layers ...[]byte) string {
+	t.Helper()
 	type desc struct {
 		MediaType string `json:"mediaType"`
 		Digest    string `json:"digest"`
@@ -56,8 +66,8 @@ func WriteImage(t testing.TB, layout string, args []string, layers ...map[string
 	}
 	var descs []desc
 	var diffs []string
-	for _, files := range layers {
-		d := put("application/vnd.oci.image.layer.v1.tar", Tar(t, files))
+	for _, b := range layers {
+		d := put("application/vnd.oci.image.layer.v1.tar", b)
 		descs, diffs = append(descs, d), append(diffs, d.Digest)
 	}
 	config := put("application/vnd.oci.image.config.v1+json", asJSON(map[string]any{
