@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	goruntime "runtime"
 )
 
 // Write replaces path with data and mode perm. The directory must exist. After
@@ -36,6 +37,9 @@ func Write(path string, data []byte, perm os.FileMode) (err error) {
 	}
 	if err = os.Rename(f.Name(), path); err != nil {
 		return fmt.Errorf("replace %s: %w", path, err)
+	}
+	if goruntime.GOOS == "windows" {
+		return nil // a directory cannot be synced there, nor need it be
 	}
 	d, err := os.Open(dir)
 	if err != nil {

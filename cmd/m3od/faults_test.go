@@ -1,0 +1,479 @@
+package main
+
+import (
+	"bytes"
+	"fmt"
+	"io"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+)
+
+// Twenty deploys and twenty rollbacks while requests go on, unary and as
+// streams: none may fail, and the figures are printed.
+func TestDeploysAndRollbacksLoseNoRequest(t *testing.T) {
+	b := theBox(t)
+	p := b.user(t, "dora")
+	dir := p.clone(t, "hello-http", "loop")
+	version(t, p, dir, "0")
+	if out, err := p.push(dir); err != nil {
+		t.Fatalf("push: %v\n%s", err, out)
+	}
+	unary := startProbe(t, b, "loop", "/")
+	streams := startProbe(t, b, "loop", "/stream?count=20")
+	seen := map[string]bool{}
+	for i := 1; i <= 20; i++ {
+		version(t, p, dir, strconv.Itoa(i))
+		if out, err := p.push(dir); err != nil {
+			t.Fatalf("push %d: %v\n%s", i, err, out)
+		}
+		_, body := b.get(t, "loop", "/")
+		seen[strings.TrimSpace(body)] = true
+		if strings.TrimSpace(body) != strconv.Itoa(i) {
+			t.Errorf("right after push %d the app answers %q", i, body)
+		}
+		if out, err := p.try(dir, "m3o", "rollback"); err != nil {
+			t.Fatalf("rollback %d: %v\n%s", i, err, out)
+		}
+		if _, body = b.get(t, "loop", "/"); strings.TrimSpace(body) == strconv.Itoa(i) {
+			t.Errorf("right after rollback %d the app still answers %q", i, body)
+		}
+	}
+	n, bad := unary.stop()
+	sn, sbad := streams.stop()
+	t.Logf("20 deploys, 20 rollbacks: %d of %d requests and %d of %d streams failed", bad, n, sbad, sn)
+	if bad+sbad != 0 {
+		t.Errorf("failed requests: %s; failed streams: %s", unary.first, streams.first)
+	}
+	if n < 100 || sn < 5 || len(seen) != 20 {
+		t.Errorf("the loop was too thin to prove anything: %d requests, %d streams, %d versions seen", n, sn, len(seen))
+	}
+	p.must(t, dir, "m3o", "destroy", "--confirm", "loop")
+}
+
+// The daemon dies at each step of a deploy. The app answers throughout; after
+// the restart the deploy is failed or finished, the branch and the live
+// release agree, and what runs is what the ledger says.
+func TestKilledDaemonFinishesOrFailsTheDeploy(t *testing.T) {
+	b := theBox(t)
+	p := b.user(t, "kim")
+	dir := p.clone(t, "hello-http", "phoenix")
+	version(t, p, dir, "alive")
+	if out, err := p.push(dir); err != nil {
+		t.Fatalf("push: %v\n%s", err, out)
+	}
+	live := "alive"
+	for i, step := range []string{"queued", "building", "releasing", "starting", "switching", "live"} {
+		t.Run(step, func(t *testing.T) {
+			if err := b.stop(); err != nil {
+				t.Fatal(err)
+			}
+			if err := b.start(crashStep + "=" + step); err != nil {
+				t.Fatalf("%v\n%s", err, b.log.tail(3000))
+			}
+			probe := startProbe(t, b, "phoenix", "/")
+			tip := remoteTip(t, p, dir)
+			next := fmt.Sprintf("after-%d", i)
+			version(t, p, dir, next)
+			out, err := p.push(dir)
+			if err == nil && step != "live" {
+				t.Errorf("the push succeeded although the daemon died:\n%s", out)
+			}
+			<-b.done
+			if err := b.start(); err != nil {
+				t.Fatalf("restart: %v\n%s", err, b.log.tail(3000))
+			}
+			if n, bad := probe.stop(); bad != 0 {
+				t.Errorf("%d of %d requests failed: %s", bad, n, probe.first)
+			}
+			now := remoteTip(t, p, dir)
+			if now != tip { // the branch moved, so the release has to be live
+				live = next
+			}
+			if _, body := b.get(t, "phoenix", "/"); strings.TrimSpace(body) != live {
+				t.Errorf("the branch is at %s, yet the app answers %q, want %q", now, body, live)
+			}
+			rels := p.must(t, dir, "m3o", "releases")
+			if n := strings.Count(rels, " live "); n != 1 {
+				t.Errorf("%d releases are live:\n%s", n, rels)
+			}
+			if bs := p.must(t, dir, "m3o", "builds"); strings.Contains(bs, "running") {
+				t.Errorf("a build still runs in the records:\n%s", bs)
+			}
+			b.checkNothingExtra(t, "phoenix", 1)
+			// What the crash interrupted can simply be done again.
+			version(t, p, dir, next+"-again")
+			if out, err := p.push(dir); err != nil {
+				t.Fatalf("push after the crash: %v\n%s", err, out)
+			}
+			live = next + "-again"
+		})
+	}
+	p.must(t, dir, "m3o", "destroy", "--confirm", "phoenix")
+}
+
+func remoteTip(t *testing.T, p *person, dir string) string {
+	t.Helper()
+	tip, _, _ := strings.Cut(p.must(t, dir, "git", "ls-remote", "m3o", "refs/heads/main"), "\t")
+	return tip
+}
+
+// checkNothingExtra compares what runs for an app with what should: n
+// instances, each with one shim, one container, one veth, one mount.
+func (b *box) checkNothingExtra(t *testing.T, app string, n int) {
+	t.Helper()
+	var got string
+	eventually(t, fmt.Sprintf("exactly %d instances of %s", n, app), func() bool {
+		shims, mounts := 0, 0
+		out, _ := exec.Command("ps", "-eo", "args").Output()
+		for l := range strings.Lines(string(out)) {
+			if strings.Contains(l, "m3o-shim") && strings.Contains(l, b.data) && strings.Contains(l, app) {
+				shims++
+			}
+		}
+		m, _ := os.ReadFile("/proc/mounts")
+		for l := range strings.Lines(string(m)) {
+			if strings.HasPrefix(l, "overlay "+b.data) && strings.Contains(l, app) {
+				mounts++
+			}
+		}
+		got = fmt.Sprintf("%d shims, %d mounts", shims, mounts)
+		return shims == n && mounts == n
+	})
+	if quarantines, _ := filepath.Glob(filepath.Join(b.data, "repos", app+".git", "objects", "tmp_objdir*")); len(quarantines) > 0 {
+		t.Errorf("quarantines left: %v", quarantines)
+	}
+	if locks, _ := filepath.Glob(filepath.Join(b.data, "repos", app+".git", "refs", "heads", "*.lock")); len(locks) > 0 {
+		t.Errorf("ref locks left: %v", locks)
+	}
+	t.Log(got)
+}
+
+// A pusher who presses Ctrl-C cancels the build and leaves nothing behind.
+func TestCtrlCCancelsThePush(t *testing.T) {
+	b := theBox(t)
+	p := b.user(t, "carl")
+	dir := p.clone(t, "hello-http", "impatient")
+	if out, err := p.push(dir); err != nil {
+		t.Fatalf("push: %v\n%s", err, out)
+	}
+	for _, mark := range []string{"-----> ", "Releasing", "Starting"} {
+		t.Run(mark, func(t *testing.T) {
+			version(t, p, dir, "never "+mark)
+			// A slow start gives the signal time to arrive in the phase meant.
+			tip := remoteTip(t, p, dir)
+			cmd := p.command(dir, "git", "push", "m3o", "main")
+			cmd.Stderr = &signalOn{mark: mark, hit: func() { _ = syscall.Kill(-cmd.Process.Pid, syscall.SIGINT) }}
+			err := cmd.Run()
+			now := remoteTip(t, p, dir)
+			if err == nil && now == tip {
+				t.Error("git says the push worked, but the branch did not move")
+			}
+			eventually(t, "the deploy ended", func() bool {
+				return !strings.Contains(p.must(t, dir, "m3o", "builds"), "running")
+			})
+			want := 200
+			if code, body := b.get(t, "impatient", "/"); code != want {
+				t.Errorf("the app answers %d %q", code, body)
+			}
+			b.checkNothingExtra(t, "impatient", 1)
+			version(t, p, dir, "again "+mark)
+			if out, err := p.push(dir); err != nil {
+				t.Fatalf("push after Ctrl-C: %v\n%s", err, out)
+			}
+		})
+	}
+	p.must(t, dir, "m3o", "destroy", "--confirm", "impatient")
+}
+
+// signalOn calls hit once, when what is written contains mark.
+type signalOn struct {
+	mark string
+	hit  func()
+	buf  bytes.Buffer
+	did  bool
+}
+
+func (s *signalOn) Write(p []byte) (int, error) {
+	s.buf.Write(p)
+	if !s.did && strings.Contains(s.buf.String(), s.mark) {
+		s.did = true
+		s.hit()
+	}
+	return len(p), nil
+}
+
+func TestNewestOfTwoPushesWins(t *testing.T) {
+	b := theBox(t)
+	p := b.user(t, "twin")
+	dir := p.clone(t, "hello-http", "race")
+	version(t, p, dir, "base")
+	if out, err := p.push(dir); err != nil {
+		t.Fatalf("push: %v\n%s", err, out)
+	}
+	second := filepath.Join(p.home, "race2")
+	p.must(t, "", "git", "clone", "-q", "ssh://m3o@"+b.sshHost()+"/race", second)
+	p.must(t, second, "git", "remote", "rename", "origin", "m3o")
+	version(t, p, dir, "older")
+	version(t, p, second, "newer")
+	type result struct {
+		out string
+		err error
+	}
+	newer := make(chan result, 1)
+	cmd := p.command(dir, "git", "push", "m3o", "main")
+	buf := &signalOn{mark: "-----> ", hit: func() {
+		go func() {
+			out, err := p.push(second)
+			newer <- result{out, err}
+		}()
+	}}
+	cmd.Stderr = buf
+	olderErr := cmd.Run()
+	n := <-newer
+	_, body := b.get(t, "race", "/")
+	switch strings.TrimSpace(body) {
+	case "newer":
+		if olderErr == nil || !strings.Contains(buf.buf.String(), "superseded by a newer push") {
+			t.Errorf("the older push: %v\n%s", olderErr, buf.buf.String())
+		}
+		if n.err != nil {
+			t.Errorf("the newer push: %v\n%s", n.err, n.out)
+		}
+	case "older": // it had begun to switch before the newer one came
+		if olderErr != nil || n.err == nil {
+			t.Errorf("older: %v, newer: %v\n%s", olderErr, n.err, n.out)
+		}
+	default:
+		t.Errorf("the app answers %q", body)
+	}
+	p.must(t, dir, "m3o", "destroy", "--confirm", "race")
+}
+
+// pids of processes of this box whose command line contains all of words.
+func (b *box) pids(words ...string) []int {
+	dirs, _ := filepath.Glob("/proc/[0-9]*")
+	var out []int
+next:
+	for _, d := range dirs {
+		cl, err := os.ReadFile(filepath.Join(d, "cmdline"))
+		if err != nil {
+			continue
+		}
+		line := string(bytes.ReplaceAll(cl, []byte{0}, []byte{' '}))
+		for _, w := range append([]string{b.data}, words...) {
+			if !strings.Contains(line, w) {
+				continue next
+			}
+		}
+		if pid, err := strconv.Atoi(filepath.Base(d)); err == nil {
+			out = append(out, pid)
+		}
+	}
+	return out
+}
+
+func TestKilledBuildkitdFailsThePushAndComesBack(t *testing.T) {
+	b := theBox(t)
+	p := b.user(t, "bill")
+	dir := p.clone(t, "hello-http", "phx-build")
+	if out, err := p.push(dir); err != nil {
+		t.Fatalf("push: %v\n%s", err, out)
+	}
+	version(t, p, dir, "unlucky")
+	tip := remoteTip(t, p, dir)
+	cmd := p.command(dir, "git", "push", "m3o", "main")
+	buf := &signalOn{mark: "-----> ", hit: func() {
+		for _, pid := range b.pids("buildkitd") {
+			_ = syscall.Kill(pid, syscall.SIGKILL)
+		}
+	}}
+	cmd.Stderr = buf
+	err := cmd.Run()
+	if err != nil {
+		if got := remoteTip(t, p, dir); got != tip {
+			t.Errorf("the branch moved although the push failed:\n%s", buf.buf.String())
+		}
+		if !regexp.MustCompile(`remote:  !     .*builder`).MatchString(buf.buf.String()) {
+			t.Errorf("the push does not say what happened to the builder:\n%s", buf.buf.String())
+		}
+	}
+	version(t, p, dir, "lucky")
+	eventually(t, "a push works again", func() bool {
+		out, err := p.push(dir)
+		if err != nil {
+			t.Log(out)
+		}
+		return err == nil
+	})
+	if _, body := b.get(t, "phx-build", "/"); strings.TrimSpace(body) != "lucky" {
+		t.Errorf("the app answers %q, want lucky", body)
+	}
+	p.must(t, dir, "m3o", "destroy", "--confirm", "phx-build")
+}
+
+func TestKilledRouterIsStartedAgain(t *testing.T) {
+	b := theBox(t)
+	p := b.user(t, "rita")
+	dir := p.clone(t, "hello-http", "phx-router")
+	if out, err := p.push(dir); err != nil {
+		t.Fatalf("push: %v\n%s", err, out)
+	}
+	old := b.pids("router", "--data")
+	if len(old) != 1 {
+		t.Fatalf("router processes: %v", old)
+	}
+	if err := syscall.Kill(old[0], syscall.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	c := b.client(t)
+	eventually(t, "the app answers again", func() bool { return ask(c, b.url("phx-router", "/")) == nil })
+	version(t, p, dir, "two")
+	if out, err := p.push(dir); err != nil {
+		t.Errorf("push after the router died: %v\n%s", err, out)
+	}
+	p.must(t, dir, "m3o", "destroy", "--confirm", "phx-router")
+}
+
+func TestKilledShimAndInstanceAreReplaced(t *testing.T) {
+	b := theBox(t)
+	p := b.user(t, "shim")
+	dir := p.clone(t, "hello-http", "phx-shim")
+	if out, err := p.push(dir); err != nil {
+		t.Fatalf("push: %v\n%s", err, out)
+	}
+	c := b.client(t)
+	for _, what := range []string{"shim", "instance"} {
+		t.Run(what, func(t *testing.T) {
+			if what == "shim" {
+				pids := b.pids("m3o-shim", "phx-shim")
+				if len(pids) != 1 {
+					t.Fatalf("shims: %v", pids)
+				}
+				if err := syscall.Kill(pids[0], syscall.SIGKILL); err != nil {
+					t.Fatal(err)
+				}
+			} else if res, err := c.Get(b.url("phx-shim", "/crash")); err == nil {
+				_, _ = io.Copy(io.Discard, res.Body)
+				_ = res.Body.Close()
+			}
+			eventually(t, "another instance answers", func() bool {
+				out := p.must(t, dir, "m3o", "ps")
+				return strings.Contains(out, "ready") && ask(c, b.url("phx-shim", "/")) == nil
+			})
+			b.checkNothingExtra(t, "phx-shim", 1)
+		})
+	}
+	p.must(t, dir, "m3o", "destroy", "--confirm", "phx-shim")
+}
+
+// Apps and router go on while the daemon is away; what needs it says so.
+func TestAppsAnswerWhileTheDaemonIsAway(t *testing.T) {
+	b := theBox(t)
+	p := b.user(t, "away")
+	dir := p.clone(t, "hello-http", "lonely")
+	if out, err := p.push(dir); err != nil {
+		t.Fatalf("push: %v\n%s", err, out)
+	}
+	b.kill()
+	if code, body := b.get(t, "lonely", "/"); code != http.StatusOK {
+		t.Errorf("the app answers %d %q without the daemon", code, body)
+	}
+	if out, err := p.try(dir, "m3o", "apps"); err == nil || !strings.Contains(out, "daemon") {
+		t.Errorf("m3o apps without the daemon: %v\n%s", err, out)
+	}
+	if err := b.start(); err != nil {
+		t.Fatal(err)
+	}
+	if out := p.must(t, dir, "m3o", "ps"); !strings.Contains(out, "ready") {
+		t.Errorf("ps after the restart: %s", out)
+	}
+	p.must(t, dir, "m3o", "destroy", "--confirm", "lonely")
+}
+
+func TestPortAlreadyTakenIsSaid(t *testing.T) {
+	b := theBox(t)
+	exe, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	other, err := freeAddr()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []struct{ env, want string }{
+		{"M3O_SSH=" + b.ssh, "another program listens on " + b.ssh},
+		{"M3O_SSH=" + other, "state directory|already|in use"}, // same data directory
+	} {
+		cmd := exec.Command(exe)
+		cmd.Env = append(append([]string(nil), b.env...), c.env)
+		out := &lockedBuffer{}
+		cmd.Stdout, cmd.Stderr = out, out
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		timer := time.AfterFunc(time.Minute, func() { _ = cmd.Process.Kill() })
+		err := cmd.Wait()
+		timer.Stop()
+		if err == nil || !regexp.MustCompile(`m3od: error: .*(`+c.want+`)`).MatchString(out.String()) || !strings.Contains(out.String(), "m3od: hint: ") {
+			t.Errorf("%s: %v\n%s", c.env, err, out.String())
+		}
+	}
+	if !b.running() {
+		t.Error("the first daemon was disturbed")
+	}
+}
+
+// A full disk fails a push with these words, hurts no running app, and a push
+// works again as soon as there is room.
+func TestFullDiskIsSaidAndSurvived(t *testing.T) {
+	b := theBox(t)
+	p := b.user(t, "fred")
+	dir := p.clone(t, "hello-http", "full")
+	version(t, p, dir, "before")
+	if out, err := p.push(dir); err != nil {
+		t.Fatalf("push: %v\n%s", err, out)
+	}
+	var st syscall.Statfs_t
+	if err := syscall.Statfs(b.dir, &st); err != nil {
+		t.Fatal(err)
+	}
+	ballast := filepath.Join(b.dir, "ballast")
+	free := int64(st.Bavail) * st.Bsize
+	version(t, p, dir, "after")
+	tip := remoteTip(t, p, dir)
+	if out, err := exec.Command("fallocate", "-l", strconv.FormatInt(free-256<<10, 10), ballast).CombinedOutput(); err != nil {
+		t.Fatalf("fallocate: %v: %s", err, out)
+	}
+	out, err := p.push(dir)
+	if err == nil || !regexp.MustCompile(`(?i)disk( is)? full|no space left`).MatchString(out) {
+		t.Errorf("push onto a full disk: %v\n%s", err, out)
+	}
+	if code, body := b.get(t, "full", "/"); code != http.StatusOK || strings.TrimSpace(body) != "before" {
+		t.Errorf("the app answers %d %q", code, body)
+	}
+	if err := os.Remove(ballast); err != nil {
+		t.Fatal(err)
+	}
+	if got := remoteTip(t, p, dir); got != tip {
+		t.Errorf("the branch moved from %s to %s", tip, got)
+	}
+	eventually(t, "a push works again", func() bool {
+		out, err := p.push(dir)
+		if err != nil {
+			t.Log(out)
+		}
+		return err == nil
+	})
+	if _, body := b.get(t, "full", "/"); strings.TrimSpace(body) != "after" {
+		t.Errorf("the app answers %q, want after", body)
+	}
+	p.must(t, dir, "m3o", "destroy", "--confirm", "full")
+}

@@ -1,0 +1,291 @@
+package daemon
+
+import (
+	"errors"
+	"flag"
+	"fmt"
+	"io/fs"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"gopkg.in/yaml.v3"
+
+	"github.com/m3o/m3o"
+)
+
+// Config is the daemon's own settings. Every field is a flag, a variable
+// M3O_<FLAG> and a key of the configuration file, in that order of precedence;
+// ParseConfig reads all three. The zero Config is completed by Validate.
+type Config struct {
+	Data     string // state directory; default /var/lib/m3o
+	Domain   string // apps are served at <app>.<Domain>; default localhost
+	HTTP     string // address of the router's plain listener
+	HTTPS    string // address of the router's TLS listener
+	SSH      string // address of the git server
+	Nats     string // URL of an external NATS server; "" runs one in process
+	NatsCred string // credentials file for Nats
+
+	BuildkitAddr string        // address of an external buildkitd; "" runs our own
+	BuildTimeout time.Duration // a build is stopped after this
+	Runtime      string        // "oci" or "process"
+	Subnet       string        // addresses of instances
+	Name         string        // tells installations on one host apart: network devices, firewall table, cgroups
+	Bin          string        // directory of buildkitd, runc and m3o-shim; default beside m3od
+	StopApps     bool          // stop the router and every instance when the daemon stops
+	Drain        time.Duration // how long requests of an old release may go on after a switch
+	LogLevel     string        // debug, info, warn or error
+}
+
+// option ties one field of Config to its flag, variable and key.
+type option struct {
+	name, usage string
+	set         func(*Config, string) error
+	get         func(*Config) string
+	boolean     bool
+}
+
+func str(name, usage string, field func(*Config) *string) option {
+	return option{name: name, usage: usage,
+		set: func(c *Config, v string) error { *field(c) = v; return nil },
+		get: func(c *Config) string { return *field(c) }}
+}
+
+func dur(name, usage string, field func(*Config) *time.Duration) option {
+	return option{name: name, usage: usage,
+		set: func(c *Config, v string) error {
+			d, err := time.ParseDuration(v)
+			if err != nil || d <= 0 {
+				return fmt.Errorf("%q is not a duration such as 90s or 15m", v)
+			}
+			*field(c) = d
+			return nil
+		},
+		get: func(c *Config) string { return field(c).String() }}
+}
+
+func boolean(name, usage string, field func(*Config) *bool) option {
+	return option{name: name, usage: usage, boolean: true,
+		set: func(c *Config, v string) error {
+			b, err := strconv.ParseBool(v)
+			if err != nil {
+				return fmt.Errorf("%q is neither true nor false", v)
+			}
+			*field(c) = b
+			return nil
+		},
+		get: func(c *Config) string { return strconv.FormatBool(*field(c)) }}
+}
+
+var options = []option{
+	str("data", "state directory", func(c *Config) *string { return &c.Data }),
+	str("domain", "apps are served at <app>.<domain>", func(c *Config) *string { return &c.Domain }),
+	str("http", "address for plain HTTP", func(c *Config) *string { return &c.HTTP }),
+	str("https", "address for HTTPS", func(c *Config) *string { return &c.HTTPS }),
+	str("ssh", "address of the git server", func(c *Config) *string { return &c.SSH }),
+	str("nats", "URL of an external NATS server (default: one in process)", func(c *Config) *string { return &c.Nats }),
+	str("nats-creds", "credentials file for the external NATS server", func(c *Config) *string { return &c.NatsCred }),
+	str("buildkit-addr", "address of an external buildkitd (default: our own)", func(c *Config) *string { return &c.BuildkitAddr }),
+	dur("build-timeout", "a build is stopped after this", func(c *Config) *time.Duration { return &c.BuildTimeout }),
+	str("runtime", "oci (containers, needs root) or process (unisolated, for development)", func(c *Config) *string { return &c.Runtime }),
+	str("subnet", "addresses of instances", func(c *Config) *string { return &c.Subnet }),
+	str("name", "tells installations on one host apart, 1 to 7 of a-z and 0-9 (default m3o)", func(c *Config) *string { return &c.Name }),
+	str("bin", "directory of buildkitd, runc and m3o-shim", func(c *Config) *string { return &c.Bin }),
+	boolean("stop-apps", "stop the router and every app when the daemon stops", func(c *Config) *bool { return &c.StopApps }),
+	dur("drain", "how long requests of an old release may go on after a switch", func(c *Config) *time.Duration { return &c.Drain }),
+	str("log-level", "debug, info, warn or error", func(c *Config) *string { return &c.LogLevel }),
+}
+
+// defaultSubnet is for benchmarks of networks (RFC 2544), so no host has it.
+const defaultSubnet = "198.18.0.0/16"
+
+// DefaultConfigFile is read when it exists and --config does not name another.
+const DefaultConfigFile = "/etc/m3o/m3od.yaml"
+
+// ParseConfig reads the configuration file, then M3O_* variables, then args,
+// each overriding the one before, and validates the result. flag.ErrHelp comes
+// back as it is. Every other error is m3o.Invalid and names where the value stood.
+func ParseConfig(args []string, getenv func(string) string, usage func(*flag.FlagSet)) (Config, error) {
+	var c Config
+	fset := flag.NewFlagSet("m3od", flag.ContinueOnError)
+	fset.SetOutput(devNull{})
+	file := fset.String("config", "", "configuration file (default "+DefaultConfigFile+" when it exists)")
+	given := map[string]string{}
+	for _, o := range options {
+		put := func(v string) error { given[o.name] = v; return nil }
+		if o.boolean {
+			fset.BoolFunc(o.name, o.usage, put)
+		} else {
+			fset.Func(o.name, o.usage, put)
+		}
+	}
+	if usage != nil {
+		fset.Usage = func() { usage(fset) }
+	}
+	if err := fset.Parse(args); err != nil {
+		if errors.Is(err, flag.ErrHelp) {
+			return c, err
+		}
+		return c, &m3o.Error{Kind: m3o.Invalid, Msg: err.Error(), Hint: "m3od --help lists the flags", Err: err}
+	}
+	if fset.NArg() > 0 {
+		return c, &m3o.Error{Kind: m3o.Invalid, Msg: fmt.Sprintf("unexpected argument %q", fset.Arg(0)), Hint: "m3od --help lists the flags"}
+	}
+	if err := readConfigFile(&c, *file); err != nil {
+		return c, err
+	}
+	for _, o := range options {
+		key := "M3O_" + strings.ToUpper(strings.ReplaceAll(o.name, "-", "_"))
+		if v := getenv(key); v != "" {
+			if err := o.set(&c, v); err != nil {
+				return c, m3o.Errorf(m3o.Invalid, "variable %s: %w", key, err)
+			}
+		}
+		if v, ok := given[o.name]; ok {
+			if err := o.set(&c, v); err != nil {
+				return c, m3o.Errorf(m3o.Invalid, "flag --%s: %w", o.name, err)
+			}
+		}
+	}
+	return c, c.Validate()
+}
+
+type devNull struct{}
+
+func (devNull) Write(p []byte) (int, error) { return len(p), nil }
+
+func readConfigFile(c *Config, path string) error {
+	named := path != ""
+	if !named {
+		path = DefaultConfigFile
+	}
+	b, err := os.ReadFile(path)
+	if errors.Is(err, fs.ErrNotExist) && !named {
+		return nil
+	}
+	if err != nil {
+		return m3o.Errorf(m3o.Invalid, "read configuration file: %w", err)
+	}
+	var doc yaml.Node
+	if err := yaml.Unmarshal(b, &doc); err != nil {
+		return m3o.Errorf(m3o.Invalid, "%s: %w", path, err)
+	}
+	if len(doc.Content) == 0 {
+		return nil
+	}
+	root := doc.Content[0]
+	if root.Kind != yaml.MappingNode {
+		return m3o.Errorf(m3o.Invalid, "%s:%d: want lines of the form key: value", path, root.Line)
+	}
+	for i := 0; i+1 < len(root.Content); i += 2 {
+		k, v := root.Content[i], root.Content[i+1]
+		n := slices.IndexFunc(options, func(o option) bool { return o.name == k.Value })
+		if n < 0 {
+			names := make([]string, len(options))
+			for i, o := range options {
+				names[i] = o.name
+			}
+			return &m3o.Error{Kind: m3o.Invalid, Msg: fmt.Sprintf("%s:%d: unknown key %q", path, k.Line, k.Value),
+				Hint: "the keys are " + strings.Join(names, ", ")}
+		}
+		if v.Kind != yaml.ScalarNode {
+			return m3o.Errorf(m3o.Invalid, "%s:%d: %s takes a single value", path, v.Line, k.Value)
+		}
+		if err := options[n].set(c, v.Value); err != nil {
+			return m3o.Errorf(m3o.Invalid, "%s:%d: %s: %w", path, v.Line, k.Value, err)
+		}
+	}
+	return nil
+}
+
+// Validate completes zero fields with their defaults and reports every fault
+// at once, as one m3o.Invalid error.
+func (c *Config) Validate() error {
+	def := func(f *string, v string) {
+		if *f == "" {
+			*f = v
+		}
+	}
+	def(&c.Data, "/var/lib/m3o")
+	def(&c.Domain, "localhost")
+	if c.Local() {
+		def(&c.HTTP, "127.0.0.1:8080")
+		def(&c.HTTPS, "127.0.0.1:8443")
+		def(&c.SSH, "127.0.0.1:2222")
+	}
+	def(&c.HTTP, ":80")
+	def(&c.HTTPS, ":443")
+	def(&c.SSH, ":2222")
+	def(&c.Runtime, "oci")
+	def(&c.Subnet, defaultSubnet)
+	def(&c.Name, "m3o")
+	def(&c.LogLevel, "info")
+	if c.BuildTimeout == 0 {
+		c.BuildTimeout = 15 * time.Minute
+	}
+	if c.Drain == 0 {
+		c.Drain = 30 * time.Second
+	}
+	if c.Bin == "" {
+		exe, err := os.Executable()
+		if err != nil {
+			return m3o.Errorf(m3o.Internal, "find own directory: %w", err)
+		}
+		c.Bin = filepath.Dir(exe)
+	}
+	var faults []string
+	bad := func(format string, args ...any) { faults = append(faults, fmt.Sprintf(format, args...)) }
+	if abs, err := filepath.Abs(c.Data); err != nil {
+		bad("data: %v", err)
+	} else {
+		c.Data = abs
+	}
+	if strings.ToLower(c.Domain) != c.Domain || strings.HasPrefix(c.Domain, ".") || strings.ContainsAny(c.Domain, ":/ *") {
+		bad("domain: %q is not a lower-case host name", c.Domain)
+	}
+	seen := map[string]string{}
+	for _, a := range []struct{ name, addr string }{{"http", c.HTTP}, {"https", c.HTTPS}, {"ssh", c.SSH}} {
+		if _, port, err := net.SplitHostPort(a.addr); err != nil {
+			bad("%s: %q is not host:port", a.name, a.addr)
+		} else if n, err := strconv.Atoi(port); err != nil || n < 0 || n > 65535 {
+			bad("%s: %q has no port from 0 to 65535", a.name, a.addr)
+		} else if other := seen[a.addr]; other != "" && n != 0 {
+			bad("%s: %s is the address of %s too", a.name, a.addr, other)
+		}
+		seen[a.addr] = a.name
+	}
+	if p, err := netip.ParsePrefix(c.Subnet); err != nil || !p.Addr().Is4() || p.Bits() > 24 {
+		bad("subnet: %q is not an IPv4 network of at least /24, such as 198.18.0.0/16", c.Subnet)
+	}
+	if len(c.Name) > 7 || strings.Trim(c.Name, "abcdefghijklmnopqrstuvwxyz0123456789") != "" {
+		bad("name: %q is not 1 to 7 of a-z and 0-9", c.Name)
+	}
+	if len(c.Data) > 80 {
+		bad("data: %s is longer than 80 characters, too long for the sockets in it", c.Data)
+	}
+	if !slices.Contains([]string{"oci", "process"}, c.Runtime) {
+		bad("runtime: %q is neither oci nor process", c.Runtime)
+	}
+	if !slices.Contains([]string{"debug", "info", "warn", "error"}, c.LogLevel) {
+		bad("log-level: %q is none of debug, info, warn, error", c.LogLevel)
+	}
+	if len(faults) > 0 {
+		return &m3o.Error{Kind: m3o.Invalid, Msg: "configuration: " + strings.Join(faults, "; "), Hint: "m3od --help lists the settings"}
+	}
+	return nil
+}
+
+// Local reports whether the domain is localhost: certificates come from the
+// internal CA and plain HTTP is served too.
+func (c *Config) Local() bool {
+	return c.Domain == "localhost" || strings.HasSuffix(c.Domain, ".localhost")
+}
+
+func (c *Config) path(elem ...string) string {
+	return filepath.Join(append([]string{c.Data}, elem...)...)
+}

@@ -1,0 +1,299 @@
+// Package daemon is m3od: it wires the platform's parts together and owns what
+// lies between them, above all the life of a push (deploy.go). It knows every
+// part; no part knows it, and only cmd imports it.
+package daemon
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strconv"
+	"sync"
+	"time"
+
+	"github.com/m3o/m3o"
+	"github.com/m3o/m3o/auth"
+	"github.com/m3o/m3o/buildpacks/source"
+	"github.com/m3o/m3o/config"
+	"github.com/m3o/m3o/gitserver"
+	"github.com/m3o/m3o/internal/run"
+	"github.com/m3o/m3o/release"
+	"github.com/m3o/m3o/router"
+	"github.com/m3o/m3o/runtime"
+	"github.com/m3o/m3o/store"
+)
+
+// A Daemon is one installation's control plane. Make it with New; Run serves.
+type Daemon struct {
+	cfg     Config
+	version string
+	log     *slog.Logger
+
+	hostKey   []byte
+	configKey [32]byte
+	caPEM     []byte // the internal CA's certificate
+
+	store   *store.Store
+	auth    *auth.Auth
+	config  *config.Config
+	ledger  *release.Ledger
+	driver  driver
+	builder builder
+	git     *gitserver.Server
+	router  router.Client
+	routes  *routes
+	trees   source.Cache
+	lanes   lanes
+
+	routerDied chan struct{} // gets a token when a router we started ends
+	ssh        net.Listener
+	api        net.Listener
+	firstCode  m3o.Secret // the one-time code of a first start, "" afterwards
+
+	onStep func(app string, s release.Status) // see OnStep
+
+	bg       sync.WaitGroup // what background started
+	bgCtx    context.Context
+	bgCancel context.CancelFunc
+}
+
+// New opens everything a daemon needs, state and sockets first, and fails
+// early with what to do. The daemon serves once Run is called.
+func New(ctx context.Context, cfg Config, version string, log *slog.Logger) (_ *Daemon, err error) {
+	d := &Daemon{cfg: cfg, version: version, log: log, routerDied: make(chan struct{}, 1)}
+	d.bgCtx, d.bgCancel = context.WithCancel(context.WithoutCancel(ctx))
+	if err := d.makeState(); err != nil {
+		return nil, err
+	}
+	if d.ssh, err = (&net.ListenConfig{}).Listen(ctx, "tcp", cfg.SSH); err != nil {
+		return nil, portError("ssh", cfg.SSH, err)
+	}
+	defer func() {
+		if err != nil {
+			_ = d.ssh.Close()
+		}
+	}()
+	if d.store, err = store.Open(ctx, store.Config{Dir: cfg.path("store"), URL: cfg.Nats, Creds: cfg.NatsCred, Log: log}); err != nil {
+		return nil, fmt.Errorf("open store: %w", err)
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, d.store.Close())
+		}
+	}()
+	if d.auth, err = auth.Open(ctx, d.store, log); err != nil {
+		return nil, fmt.Errorf("open auth: %w", err)
+	}
+	if d.config, err = config.Open(ctx, d.store, d.configKey, log); err != nil {
+		return nil, fmt.Errorf("open config: %w", err)
+	}
+	if d.ledger, err = release.Open(ctx, d.store, log); err != nil {
+		return nil, fmt.Errorf("open ledger: %w", err)
+	}
+	if err := d.firstStart(ctx); err != nil {
+		return nil, err
+	}
+	d.router = router.Client{Socket: d.controlSocket()}
+	d.routes = newRoutes(cfg.Domain, "unix:"+d.apiSocket(), d.router.Put, log)
+	if err := os.Remove(d.apiSocket()); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return nil, fmt.Errorf("remove stale API socket: %w", err)
+	}
+	if d.api, err = (&net.ListenConfig{}).Listen(ctx, "unix", d.apiSocket()); err != nil {
+		return nil, fmt.Errorf("listen for the API: %w", err)
+	}
+	if err := os.Chmod(d.apiSocket(), 0o600); err != nil {
+		return nil, fmt.Errorf("protect API socket: %w", err)
+	}
+	return d, nil
+}
+
+func (d *Daemon) apiSocket() string { return d.cfg.path("run", "api.sock") }
+
+// firstStart makes the one-time code while no admin has a key.
+func (d *Daemon) firstStart(ctx context.Context) error {
+	code, err := d.auth.BootstrapCode(ctx)
+	switch m3o.KindOf(err) {
+	case m3o.Conflict, m3o.Denied:
+		return nil // there is an admin
+	}
+	if err != nil {
+		return fmt.Errorf("make one-time admin code: %w", err)
+	}
+	d.firstCode = code
+	return nil
+}
+
+// Run serves until ctx ends or a part fails. ready is called once, when pushes
+// and requests are served. Apps and the router go on after it returns, unless
+// the configuration says otherwise.
+func (d *Daemon) Run(ctx context.Context, ready func(Ready)) error {
+	if err := d.openEngines(ctx); err != nil {
+		return errors.Join(err, d.store.Close())
+	}
+	if err := d.startRouter(ctx); err != nil {
+		return errors.Join(err, d.store.Close())
+	}
+	var err error
+	d.git, err = gitserver.New(gitserver.Config{Listener: d.ssh, HostKey: d.hostKey, Repos: d.cfg.path("repos"),
+		Users: d.auth, Apps: pushes{d}, Commands: d.commands(), Log: d.log})
+	if err != nil {
+		return errors.Join(err, d.store.Close())
+	}
+	var s run.Stack
+	s.Add("store", d.store.Run)
+	s.Add("auth", func(ctx context.Context) error {
+		<-ctx.Done()
+		return d.auth.Close()
+	})
+	s.Add("router watch", d.watchRouter)
+	s.Add("routes", d.routes.run)
+	s.Add("runtime", d.driver.Serve)
+	s.Add("instances", func(ctx context.Context) error { return d.routes.follow(ctx, d.driver) })
+	s.Add("builder", d.builder.Run)
+	s.Add("background", func(ctx context.Context) error {
+		<-ctx.Done()
+		d.bgCancel()
+		d.bg.Wait()
+		return nil
+	})
+	s.Add("api", d.serveAPI)
+	s.Add("git server", func(ctx context.Context) error {
+		// Everything below runs by now: settle what a crash left, then take pushes.
+		if err := d.recover(ctx); err != nil {
+			return err
+		}
+		go d.announce(ctx, ready) // ends with ctx
+		return d.git.Run(ctx)
+	})
+	err = s.Run(ctx)
+	if d.cfg.StopApps {
+		sctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Minute)
+		defer cancel()
+		err = errors.Join(err, d.stopRouter(sctx), d.driver.Shutdown(sctx))
+	}
+	return err
+}
+
+// Ready is what a daemon tells when it serves.
+type Ready struct {
+	API           string     // URL of the API
+	Git           string     // host:port of the git server
+	Code          m3o.Secret // the one-time admin code of a first start, "" afterwards
+	CAFingerprint string     // of the internal CA
+	Apps          int        // apps with a live release
+}
+
+// announce calls ready when the live apps answer and the builder takes
+// builds, or at the latest after a while: an app that is broken must not keep
+// the daemon from saying that it serves.
+func (d *Daemon) announce(ctx context.Context, ready func(Ready)) {
+	wctx, cancel := context.WithTimeout(ctx, 20*time.Second)
+	defer cancel()
+	n := d.awaitLive(wctx)
+	if err := d.builder.Ready(wctx); err != nil && ctx.Err() == nil {
+		d.log.Error("builder is not ready", "err", err)
+	}
+	if ctx.Err() != nil {
+		return
+	}
+	ready(Ready{API: d.apiURL(), Git: d.gitAddr(), Code: d.firstCode, CAFingerprint: d.caFingerprint(), Apps: n})
+}
+
+// awaitLive waits until every live release has a ready instance, and counts them.
+func (d *Daemon) awaitLive(ctx context.Context) int {
+	apps, err := d.ledger.Apps(ctx)
+	if err != nil {
+		return 0
+	}
+	n := 0
+	for _, a := range apps {
+		rel, err := d.ledger.Live(ctx, a.Name)
+		if err != nil {
+			continue
+		}
+		n++
+		if p, ok := rel.Processes[webProcess]; ok && replicas(p) > 0 {
+			_, _ = runtime.WaitReady(ctx, d.driver, ref(rel, webProcess), 1, nil)
+		}
+	}
+	return n
+}
+
+// OnStep has f called after each step of a deploy is persisted and before it
+// is done, for tests that end the process right there. Call it before Run.
+func (d *Daemon) OnStep(f func(app string, s release.Status)) { d.onStep = f }
+
+// background runs f until the daemon stops, which waits for it.
+func (d *Daemon) background(f func(context.Context)) {
+	d.bg.Go(func() { f(d.bgCtx) })
+}
+
+// url is where an app is published.
+func (d *Daemon) url(app string) string { return "https://" + app + "." + d.cfg.Domain + d.httpsPort() }
+
+func (d *Daemon) apiURL() string { return d.url("api") }
+
+// httpsPort is ":8443", or "" for the standard port.
+func (d *Daemon) httpsPort() string {
+	_, port, err := net.SplitHostPort(d.cfg.HTTPS)
+	if err != nil || port == "443" {
+		return ""
+	}
+	return ":" + port
+}
+
+// gitAddr is the git server's host:port as a laptop reaches it.
+func (d *Daemon) gitAddr() string {
+	_, port, _ := net.SplitHostPort(d.ssh.Addr().String())
+	host := d.cfg.Domain
+	if d.cfg.Local() {
+		host = "localhost" // *.localhost names do not resolve for ssh
+	}
+	return net.JoinHostPort(host, port)
+}
+
+func (d *Daemon) gitURL(app string) string { return "ssh://m3o@" + d.gitAddr() + "/" + app }
+
+func (d *Daemon) repo(app string) string { return filepath.Join(d.cfg.path("repos"), app+".git") }
+
+// httpsPortNumber is the port of the published URLs.
+func (d *Daemon) httpsPortNumber() int {
+	_, port, _ := net.SplitHostPort(d.cfg.HTTPS)
+	n, _ := strconv.Atoi(port)
+	return n
+}
+
+func (d *Daemon) subnet() netip.Prefix { return netip.MustParsePrefix(d.cfg.Subnet) }
+
+// serveAPI serves the API on its socket, where the router reaches it.
+func (d *Daemon) serveAPI(ctx context.Context) error {
+	srv := &http.Server{Handler: d.apiHandler(), ReadHeaderTimeout: 10 * time.Second, Protocols: new(http.Protocols),
+		ErrorLog: slog.NewLogLogger(d.log.Handler(), slog.LevelDebug)}
+	srv.Protocols.SetHTTP1(true)
+	srv.Protocols.SetUnencryptedHTTP2(true)
+	// Streams such as followed logs end with the daemon, not with Shutdown's patience.
+	sctx, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	srv.BaseContext = func(net.Listener) context.Context { return sctx }
+	done := make(chan error, 1)
+	go func() { done <- srv.Serve(d.api) }()
+	select {
+	case err := <-done:
+		cancel()
+		return err
+	case <-ctx.Done():
+	}
+	cancel()
+	wctx, stop := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
+	defer stop()
+	err := srv.Shutdown(wctx)
+	if serr := <-done; !errors.Is(serr, http.ErrServerClosed) {
+		err = errors.Join(err, serr)
+	}
+	return err
+}

@@ -1,0 +1,485 @@
+package daemon
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"maps"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/m3o/m3o"
+	"github.com/m3o/m3o/buildpacks"
+	"github.com/m3o/m3o/buildpacks/build"
+	"github.com/m3o/m3o/buildpacks/golang"
+	"github.com/m3o/m3o/buildpacks/source"
+	"github.com/m3o/m3o/gitserver"
+	"github.com/m3o/m3o/release"
+	"github.com/m3o/m3o/runtime"
+)
+
+// webProcess is the one process type that gets requests.
+const webProcess = "web"
+
+// pushes answers the git server: it is the life of a push from the moment the
+// objects are in quarantine until git has moved the ref.
+type pushes struct{ d *Daemon }
+
+var _ gitserver.Apps = pushes{}
+
+// Deploy builds src and makes it live. What it returns is live already and
+// holds the app's lane: Done keeps it or takes it back.
+func (p pushes) Deploy(ctx context.Context, src m3o.Source, w io.Writer) (gitserver.Deployment, error) {
+	d, began := p.d, time.Now()
+	out := output{w}
+	ctx, turn, err := d.lanes.lane(src.App).enter(ctx, func() {
+		out.step("Waiting for the push before this one to end")
+	})
+	if err != nil {
+		return nil, cancelled(err)
+	}
+	live, err := d.push(ctx, turn, src, w, began)
+	if err != nil {
+		turn.leave()
+		if cause := context.Cause(ctx); cause != nil {
+			err = cancelled(cause)
+		}
+		return nil, err
+	}
+	return live, nil
+}
+
+// cancelled turns the end of a push's context into what the pusher reads.
+func cancelled(cause error) error {
+	if errors.Is(cause, context.Canceled) {
+		return &m3o.Error{Kind: m3o.Conflict, Msg: "cancelled; nothing was changed", Err: cause}
+	}
+	if errors.Is(cause, context.DeadlineExceeded) {
+		return &m3o.Error{Kind: m3o.Unavailable, Msg: "timed out; nothing was changed", Err: cause}
+	}
+	return cause
+}
+
+// push runs the deploy of one push up to the switch.
+func (d *Daemon) push(ctx context.Context, turn *turn, src m3o.Source, w io.Writer, began time.Time) (*deployment, error) {
+	// The lane was waited for: the branch may have moved since git looked.
+	tip, err := gitserver.Tip(ctx, src.Repo, src.Ref)
+	if err != nil {
+		return nil, fmt.Errorf("read %s: %w", src.Ref, err)
+	}
+	if tip != src.Old {
+		return nil, &m3o.Error{Kind: m3o.Conflict, Msg: "the branch moved while this push waited", Hint: "run git fetch m3o, then push again"}
+	}
+	tree, err := source.Open(ctx, src, &d.trees)
+	if err != nil {
+		return nil, err
+	}
+	defer tree.Close() //nolint:errcheck // only read
+	bld, err := d.ledger.StartBuild(ctx, m3o.Build{App: src.App, Status: m3o.BuildRunning, Commit: src.Commit,
+		Message: tree.Subject(), User: src.User, Started: time.Now().UTC()})
+	if err != nil {
+		return nil, err
+	}
+	dep, err := d.ledger.BeginDeploy(ctx, release.Deploy{App: src.App, Source: src, Reason: src.Via, User: src.User, Build: bld.Number})
+	if err != nil {
+		return nil, d.endBuild(ctx, bld, err)
+	}
+	logFile, err := d.openBuildLog(src.App, bld.Number)
+	if err != nil {
+		return nil, d.failDeploy(ctx, dep.ID, d.endBuild(ctx, bld, err))
+	}
+	both := &tee{pusher: w, log: logFile}
+	fail := func(err error) (*deployment, error) {
+		if cause := context.Cause(ctx); cause != nil {
+			err = cancelled(cause)
+		}
+		output{both.log}.fail(err) // the pusher gets it from the git server, as its last line
+		_ = logFile.Close()
+		return nil, d.failDeploy(ctx, dep.ID, err)
+	}
+	if dep, err = d.advance(ctx, dep.ID, release.Build, nil); err != nil {
+		return fail(d.endBuild(ctx, bld, err))
+	}
+	plan, res, err := d.build(ctx, src, tree, both)
+	if err != nil {
+		return fail(d.endBuild(ctx, bld, err))
+	}
+	bld.Image = res.Image
+	if err := d.endBuild(ctx, bld, nil); err != nil {
+		return fail(err)
+	}
+	unlock, err := d.lanes.lock(ctx, src.App)
+	if err != nil {
+		return fail(err)
+	}
+	rev, err := d.config.Current(ctx, src.App)
+	if err != nil {
+		unlock()
+		return fail(err)
+	}
+	rel := m3o.Release{App: src.App, Image: res.Image, Config: rev.Number, Processes: plan.Processes, Command: plan.Release, Health: plan.Health,
+		Commit: src.Commit, Message: tree.Subject(), Reason: src.Via, User: src.User, Build: bld.Number}
+	live, err := d.release(ctx, dep, rel, turn.commit, output{both})
+	if err != nil {
+		unlock()
+		return fail(err)
+	}
+	live.built, live.began = res.Took, began
+	live.end = func() {
+		_ = logFile.Close()
+		unlock()
+		turn.leave()
+	}
+	live.log = logFile
+	return live, nil
+}
+
+// build plans from the tree and builds the image.
+func (d *Daemon) build(ctx context.Context, src m3o.Source, tree *source.Tree, w io.Writer) (*buildpacks.Plan, build.Result, error) {
+	ctx, cancel := context.WithTimeoutCause(ctx, d.cfg.BuildTimeout, &m3o.Error{Kind: m3o.Invalid,
+		Msg: fmt.Sprintf("the build took longer than %s and was stopped", d.cfg.BuildTimeout), Hint: "m3od --build-timeout changes the limit"})
+	defer cancel()
+	plan, err := d.plan(ctx, tree)
+	if err != nil {
+		return nil, build.Result{}, err
+	}
+	res, err := d.builder.Build(ctx, build.Request{App: src.App, Plan: plan, Tree: tree, Out: w, Commit: src.Commit,
+		NoCache: slices.Contains(src.Options, "force-rebuild") && slices.Contains(src.Options, "no-cache")})
+	if err != nil {
+		if cause := context.Cause(ctx); cause != nil {
+			err = cause
+		}
+		return nil, res, err
+	}
+	return plan, res, nil
+}
+
+// plan asks each buildpack in turn.
+func (d *Daemon) plan(ctx context.Context, tree *source.Tree) (*buildpacks.Plan, error) {
+	return golang.Plan(ctx, tree)
+}
+
+// A deployment is a release that the router already leads to, whose deploy is
+// not final: the ref has not moved yet.
+type deployment struct {
+	d        *Daemon
+	dep      release.Deploy
+	rel      m3o.Release
+	previous int // the release that was live before, 0 for none
+	began    time.Time
+	built    time.Duration
+	started  time.Duration
+	log      io.Writer
+	end      func() // gives back locks and files
+}
+
+// Done ends the deploy: moved, the release stays and the one before it
+// drains; not moved, the switch is taken back, so that the branch and the
+// live release never disagree.
+func (l *deployment) Done(ctx context.Context, moved bool, w io.Writer) error {
+	defer l.end()
+	// The pusher may be gone; what is half-done is finished all the same.
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Minute)
+	defer cancel()
+	if !moved {
+		err := &m3o.Error{Kind: m3o.Conflict, Msg: "git did not move the branch, so the release was taken back"}
+		l.d.takeBack(ctx, l.rel, l.previous)
+		output{&tee{pusher: w, log: l.log}}.fail(err)
+		return l.d.failDeploy(ctx, l.dep.ID, err)
+	}
+	if _, err := l.d.advance(ctx, l.dep.ID, release.Confirm, nil); err != nil {
+		return err
+	}
+	l.d.log.Info("released", "app", l.rel.App, "release", l.rel.Version, "user", l.rel.User, "took", time.Since(l.began).Round(time.Millisecond))
+	out := output{&tee{pusher: w, log: l.log}}
+	took := fmt.Sprintf("start %s", seconds(l.started))
+	if l.built > 0 {
+		took = fmt.Sprintf("build %s, %s", seconds(l.built), took)
+	}
+	out.line("Released %s in %s (%s)", l.rel.Name(), seconds(time.Since(l.began)), took)
+	if _, ok := l.rel.Processes[webProcess]; ok {
+		out.line("%s", l.d.url(l.rel.App))
+		out.line("Access: public")
+	}
+	l.d.retire(l.rel.App, l.previous)
+	return nil
+}
+
+// advance persists a deploy's next step before that step is done.
+func (d *Daemon) advance(ctx context.Context, id string, e release.Event, change func(*release.Deploy)) (release.Deploy, error) {
+	dep, err := d.ledger.Advance(ctx, id, e, change)
+	if err == nil && d.onStep != nil {
+		d.onStep(dep.App, dep.Status)
+	}
+	return dep, err
+}
+
+// release appends rel to the ledger, starts it beside the live one, waits
+// until it is healthy and switches the router to it. The caller holds the
+// app's release lock. final is asked right before the switch whether the
+// deploy may still go on. On an error nothing of rel runs any more.
+func (d *Daemon) release(ctx context.Context, dep release.Deploy, rel m3o.Release, final func(context.Context) error, out output) (*deployment, error) {
+	previous := 0
+	if old, err := d.ledger.Live(ctx, rel.App); err == nil {
+		previous = old.Version
+	} else if m3o.KindOf(err) != m3o.NotFound {
+		return nil, err
+	}
+	rel.Created = time.Now().UTC()
+	rel, err := d.ledger.AppendRelease(ctx, rel)
+	if err != nil {
+		return nil, err
+	}
+	out.step("Releasing %s", rel.Name())
+	numbered := func(p *release.Deploy) { p.Release, p.Previous = rel.Version, previous }
+	if len(rel.Command) > 0 {
+		if dep, err = d.advance(ctx, dep.ID, release.Command, numbered); err != nil {
+			return nil, err
+		}
+		if err := d.releaseCommand(ctx, rel, out); err != nil {
+			return nil, err
+		}
+	}
+	if dep, err = d.advance(ctx, dep.ID, release.Start, numbered); err != nil {
+		return nil, err
+	}
+	began := time.Now()
+	ready, err := d.start(ctx, rel, out)
+	if err != nil {
+		d.discard(ctx, rel)
+		return nil, err
+	}
+	started := time.Since(began)
+	if err := final(ctx); err != nil {
+		d.discard(ctx, rel)
+		return nil, err
+	}
+	// From here on nobody interrupts: a switch is finished or taken back.
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 30*time.Second)
+	defer cancel()
+	if dep, err = d.advance(ctx, dep.ID, release.Switch, nil); err != nil {
+		d.discard(ctx, rel)
+		return nil, err
+	}
+	if err := d.routes.point(ctx, rel.App, rel.Version, ready); err != nil {
+		d.takeBack(ctx, rel, previous)
+		return nil, err
+	}
+	return &deployment{d: d, dep: dep, rel: rel, previous: previous, began: began, started: started, end: func() {}}, nil
+}
+
+// start launches every process type of rel and waits until all are ready.
+func (d *Daemon) start(ctx context.Context, rel m3o.Release, out output) ([]m3o.Instance, error) {
+	names := slices.Sorted(maps.Keys(rel.Processes))
+	for _, name := range names {
+		if err := d.launch(ctx, rel, name); err != nil {
+			return nil, fmt.Errorf("start %s: %w", name, err)
+		}
+	}
+	var ready []m3o.Instance
+	for _, name := range names {
+		n := replicas(rel.Processes[name])
+		if n == 0 {
+			continue
+		}
+		began := time.Now()
+		out.step("Starting %s (%d)", name, n)
+		ins, err := runtime.WaitReady(ctx, d.driver, ref(rel, name), n, nil)
+		if err != nil {
+			return nil, err
+		}
+		ready = append(ready, ins...)
+		how := "running"
+		if name == webProcess {
+			t, err := d.examine(ctx, rel, ins[0])
+			if err != nil {
+				return nil, err
+			}
+			d.routes.setTraits(rel.App, rel.Version, t)
+			how = "healthy (" + checkName(rel.Health, t) + ")"
+		}
+		out.line("%s %s in %s", name, how, seconds(time.Since(began)))
+	}
+	return ready, nil
+}
+
+func replicas(p m3o.Process) int { return max(p.Replicas, 0) }
+
+func checkName(h m3o.Health, t traits) string {
+	switch {
+	case h.Kind == "http":
+		return "HTTP " + h.Path
+	case h.Kind == "tcp":
+		return "TCP"
+	case t.Protocol == "grpc":
+		return "gRPC"
+	case t.Protocol == "http1":
+		return "HTTP"
+	}
+	return strings.ToUpper(t.Protocol)
+}
+
+func ref(rel m3o.Release, process string) runtime.Ref {
+	return runtime.Ref{App: rel.App, Process: process, Release: rel.Version}
+}
+
+// launch tells the driver to run one process type of rel.
+func (d *Daemon) launch(ctx context.Context, rel m3o.Release, process string) error {
+	w, err := d.workload(ctx, rel, process)
+	if err != nil {
+		return err
+	}
+	return d.driver.Start(ctx, w, replicas(rel.Processes[process]))
+}
+
+// workload is what the driver needs to run one process type of rel.
+func (d *Daemon) workload(ctx context.Context, rel m3o.Release, process string) (runtime.Workload, error) {
+	env, err := d.config.Env(ctx, rel.App, rel.Config)
+	if err != nil {
+		return runtime.Workload{}, err
+	}
+	p := rel.Processes[process]
+	env = append(env, "M3O_APP="+rel.App, "M3O_RELEASE="+rel.Name(), "M3O_URL="+d.url(rel.App), "M3O_API="+d.apiURL())
+	h := rel.Health
+	if process != webProcess {
+		h = m3o.Health{}
+	}
+	return runtime.Workload{Ref: ref(rel, process), Image: rel.Image, Args: p.Command, Env: env, Port: p.Port, Health: h}, nil
+}
+
+// releaseCommand runs the release command in the new image. Its output is the pusher's.
+func (d *Daemon) releaseCommand(ctx context.Context, rel m3o.Release, out output) error {
+	out.step("Running release command")
+	w, err := d.workload(ctx, rel, "release")
+	if err != nil {
+		return err
+	}
+	w.Args, w.Port = rel.Command, 0
+	ctx, cancel := context.WithTimeout(ctx, time.Hour)
+	defer cancel()
+	lines := &indent{w: out.w}
+	code, err := d.driver.Run(ctx, w, runtime.Cmd{Args: rel.Command, Out: lines, Err: lines})
+	if err != nil {
+		return fmt.Errorf("run release command: %w", err)
+	}
+	if code != 0 {
+		return &m3o.Error{Kind: m3o.Invalid, Msg: fmt.Sprintf("the release command exited with %d; %s was not released", code, rel.Name()),
+			Hint: "its output is above; the release before it is still live"}
+	}
+	return nil
+}
+
+// discard stops what has been started of a release that will not be live.
+func (d *Daemon) discard(ctx context.Context, rel m3o.Release) {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Minute)
+	defer cancel()
+	for name := range rel.Processes {
+		if err := d.driver.Stop(ctx, ref(rel, name)); err != nil {
+			d.log.Error("stop instances of a failed release", "app", rel.App, "release", rel.Version, "err", err)
+		}
+	}
+	d.routes.forget(rel.App, rel.Version)
+}
+
+// takeBack leads the router back to the previous release and stops rel.
+func (d *Daemon) takeBack(ctx context.Context, rel m3o.Release, previous int) {
+	if err := d.routes.point(ctx, rel.App, previous, nil); err != nil {
+		d.log.Error("lead the router back", "app", rel.App, "release", previous, "err", err)
+	}
+	d.drain(ctx, rel.App, rel.Version)
+	d.discard(ctx, rel)
+}
+
+// drain waits until the router has no request of a release in flight, at most
+// the configured time.
+func (d *Daemon) drain(ctx context.Context, app string, version int) {
+	ctx, cancel := context.WithTimeout(ctx, d.cfg.Drain)
+	defer cancel()
+	res, err := d.router.Drain(ctx, app, version)
+	if err != nil && ctx.Err() == nil {
+		d.log.Warn("drain", "app", app, "release", version, "err", err)
+	}
+	if res.Cut > 0 {
+		d.log.Info("requests cut after the drain time", "app", app, "release", version, "requests", res.Cut)
+	}
+}
+
+// retire drains and stops a release that is live no more, in the background:
+// the pusher need not wait for somebody's open stream.
+func (d *Daemon) retire(app string, version int) {
+	if version == 0 {
+		return
+	}
+	d.background(func(ctx context.Context) {
+		rel, err := d.ledger.Release(ctx, app, version)
+		if err != nil {
+			d.log.Error("retire release", "app", app, "release", version, "err", err)
+			return
+		}
+		d.drain(ctx, app, version)
+		if ctx.Err() != nil {
+			return // the next start of the daemon stops what is not live
+		}
+		d.discard(ctx, rel)
+	})
+}
+
+// endBuild records how a build ended and returns err, or the error of recording.
+func (d *Daemon) endBuild(ctx context.Context, b m3o.Build, err error) error {
+	b.Finished = time.Now().UTC()
+	b.Status = m3o.BuildSucceeded
+	if err != nil {
+		b.Status, b.Error = m3o.BuildFailed, firstLine(userMessage(err))
+		if context.Cause(ctx) != nil {
+			b.Status = m3o.BuildCancelled
+		}
+	}
+	wctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 10*time.Second)
+	defer cancel()
+	if werr := d.ledger.EndBuild(wctx, b); werr != nil {
+		d.log.Error("record end of build", "app", b.App, "build", b.Number, "err", werr)
+		if err == nil {
+			return werr
+		}
+	}
+	return err
+}
+
+// failDeploy records that a deploy failed because of err, and returns err.
+func (d *Daemon) failDeploy(ctx context.Context, id string, err error) error {
+	wctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 10*time.Second)
+	defer cancel()
+	dep, werr := d.advance(wctx, id, release.Fail, func(p *release.Deploy) { p.Error = firstLine(userMessage(err)) })
+	if werr != nil {
+		d.log.Error("record failed deploy", "err", werr)
+		return err
+	}
+	d.log.Info("deploy failed", "app", dep.App, "build", dep.Build, "user", dep.User, "err", errors.Join(err, errors.Unwrap(err)))
+	return err
+}
+
+func firstLine(s string) string {
+	l, _, _ := strings.Cut(s, "\n")
+	return l
+}
+
+// indent sets every line seven spaces in, as a step's own lines are.
+type indent struct {
+	w   io.Writer
+	mid bool // inside a line
+}
+
+func (i *indent) Write(p []byte) (int, error) {
+	for l := range strings.Lines(string(p)) {
+		if !i.mid {
+			l = "       " + l
+		}
+		i.mid = !strings.HasSuffix(l, "\n")
+		if _, err := io.WriteString(i.w, l); err != nil {
+			return 0, err
+		}
+	}
+	return len(p), nil
+}

@@ -1,0 +1,59 @@
+package daemon
+
+import (
+	"context"
+	"fmt"
+	"net/netip"
+	"path/filepath"
+
+	"github.com/m3o/m3o"
+	"github.com/m3o/m3o/buildpacks/build"
+	"github.com/m3o/m3o/runtime"
+	"github.com/m3o/m3o/runtime/oci"
+	"github.com/m3o/m3o/runtime/process"
+)
+
+// driver is a runtime driver with its own life: the daemon serves it while it
+// runs, and shuts it down when the apps should end too.
+type driver interface {
+	runtime.Driver
+	Serve(ctx context.Context) error
+	Shutdown(ctx context.Context) error
+}
+
+// builder makes images; *build.Builder is the real one.
+type builder interface {
+	Build(ctx context.Context, r build.Request) (build.Result, error)
+	Run(ctx context.Context) error
+	Ready(ctx context.Context) error
+	Prune(ctx context.Context, keep []string) error
+	Images() string
+}
+
+// builds holds the networks that builders choose theirs from.
+var builds = netip.MustParsePrefix("198.19.0.0/16")
+
+// openEngines opens the builder and the runtime driver that the configuration
+// names. This switch is the only place that knows which there are.
+func (d *Daemon) openEngines(ctx context.Context) error {
+	bin := func(name string) string { return filepath.Join(d.cfg.Bin, name) }
+	b, err := build.Open(ctx, build.Config{Dir: d.cfg.path("build"), Buildkitd: bin("buildkitd"), Runc: bin("runc"), Addr: d.cfg.BuildkitAddr,
+		Timeout: d.cfg.BuildTimeout, Blocked: []netip.Prefix{d.subnet(), netip.MustParsePrefix(defaultSubnet)}, Log: d.log})
+	if err != nil {
+		return fmt.Errorf("open builder: %w", err)
+	}
+	d.builder = b
+	switch d.cfg.Runtime {
+	case "oci":
+		d.driver, err = oci.Open(ctx, oci.Config{Name: d.cfg.Name, Dir: d.cfg.path("runtime"), Run: filepath.Join("/run", d.cfg.Name), Images: b.Images(),
+			Runc: bin("runc"), Shim: bin("m3o-shim"), Subnet: d.subnet(), Deny: []netip.Prefix{builds}, Log: d.log})
+	case "process":
+		d.driver, err = process.Open(ctx, process.Config{Dir: d.cfg.path("runtime"), Images: b.Images(), Log: d.log})
+	default:
+		err = m3o.Errorf(m3o.Invalid, "no runtime driver called %q", d.cfg.Runtime)
+	}
+	if err != nil {
+		return fmt.Errorf("open runtime: %w", err)
+	}
+	return nil
+}

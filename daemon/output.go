@@ -1,0 +1,95 @@
+package daemon
+
+import (
+	"fmt"
+	"io"
+	"os"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/m3o/m3o"
+)
+
+// An output writes what a pusher reads, in Heroku's grammar: a step begins
+// with an arrow, its lines are indented, what goes wrong begins with " !". A
+// pusher who is gone does not end a deploy, so write errors are dropped.
+type output struct{ w io.Writer }
+
+func (o output) step(format string, args ...any) {
+	fmt.Fprintf(o.w, "-----> "+format+"\n", args...)
+}
+
+func (o output) line(format string, args ...any) {
+	fmt.Fprintf(o.w, "       "+format+"\n", args...)
+}
+
+func (o output) warn(format string, args ...any) {
+	fmt.Fprintf(o.w, " !     "+format+"\n", args...)
+}
+
+// fail tells a failure as the last lines: what is wrong, then what helps.
+func (o output) fail(err error) {
+	for l := range strings.SplitSeq(strings.TrimRight(userMessage(err), "\n"), "\n") {
+		o.warn("%s", l)
+	}
+	if h := m3o.HintOf(err); h != "" {
+		o.warn("%s", h)
+	}
+}
+
+// userMessage is what of err a user may read: an internal fault's cause stays in the log.
+func userMessage(err error) string {
+	if m3o.KindOf(err) == m3o.Internal {
+		return "something went wrong inside m3o; the daemon's log has the cause"
+	}
+	return err.Error()
+}
+
+// seconds prints a duration as people compare them: 0.2s, 3.4s, 2m10s.
+func seconds(d time.Duration) string {
+	if d < time.Minute {
+		return fmt.Sprintf("%.1fs", d.Seconds())
+	}
+	return d.Round(time.Second).String()
+}
+
+// tee copies a deploy's output to the pusher and to the build's log. A pusher
+// who has gone must not stop the log, nor a full disk the pusher.
+type tee struct {
+	mu     sync.Mutex // guards what follows
+	pusher io.Writer  // nil once it failed
+	log    io.Writer
+}
+
+func (t *tee) Write(p []byte) (int, error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.pusher != nil {
+		if _, err := t.pusher.Write(p); err != nil {
+			t.pusher = nil
+		}
+	}
+	if t.log != nil {
+		if _, err := t.log.Write(p); err != nil {
+			t.log = nil
+		}
+	}
+	return len(p), nil
+}
+
+// openBuildLog opens the file of a build's output for appending.
+func (d *Daemon) openBuildLog(app string, number int) (*os.File, error) {
+	if err := os.MkdirAll(d.cfg.path("builds", app), 0o700); err != nil {
+		return nil, fmt.Errorf("make build log directory: %w", err)
+	}
+	f, err := os.OpenFile(d.buildLog(app, number), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
+	if err != nil {
+		return nil, fmt.Errorf("open build log: %w", err)
+	}
+	return f, nil
+}
+
+func (d *Daemon) buildLog(app string, number int) string {
+	return d.cfg.path("builds", app, fmt.Sprintf("%d.log", number))
+}

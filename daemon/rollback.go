@@ -1,0 +1,97 @@
+package daemon
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"io"
+	"strings"
+	"time"
+
+	"github.com/m3o/m3o"
+	"github.com/m3o/m3o/release"
+)
+
+// rollback makes a new release of an earlier one's image, config and
+// processes, and returns once it is live. version 0 means the release that
+// was live before the one that is.
+func (d *Daemon) rollback(ctx context.Context, app, user string, version int) (rel m3o.Release, from int, err error) {
+	unlock, err := d.lanes.lock(ctx, app)
+	if err != nil {
+		return rel, 0, err
+	}
+	defer unlock()
+	live, err := d.ledger.Live(ctx, app)
+	if err != nil {
+		return rel, 0, err
+	}
+	kept, err := d.ledger.Kept(ctx, app)
+	if err != nil {
+		return rel, 0, err
+	}
+	var target m3o.Release
+	for _, k := range kept { // newest first
+		if k.Version == version || (version == 0 && k.Version < live.Version) {
+			target = k
+			break
+		}
+	}
+	switch {
+	case version == live.Version:
+		return rel, 0, &m3o.Error{Kind: m3o.Invalid, Msg: fmt.Sprintf("v%d is live already", version), Hint: "m3o releases -a " + app}
+	case target.Version == 0 && version == 0:
+		return rel, 0, &m3o.Error{Kind: m3o.Invalid, Msg: "there is no release before " + live.Name() + " to roll back to", Hint: "m3o releases -a " + app}
+	case target.Version == 0:
+		return rel, 0, &m3o.Error{Kind: m3o.NotFound, Msg: fmt.Sprintf("v%d of %s never went live or is no longer kept", version, app), Hint: "m3o releases -a " + app}
+	}
+	target.Reason, target.User = "rollback to "+target.Name(), user
+	rel, err = d.redeploy(ctx, target)
+	return rel, live.Version, err
+}
+
+// configure releases the live release again with the config's new revision.
+// It returns a zero Release when the app has none yet.
+func (d *Daemon) configure(ctx context.Context, app, user string, revision int, reason string) (m3o.Release, error) {
+	unlock, err := d.lanes.lock(ctx, app)
+	if err != nil {
+		return m3o.Release{}, err
+	}
+	defer unlock()
+	rel, err := d.ledger.Live(ctx, app)
+	if m3o.KindOf(err) == m3o.NotFound {
+		return m3o.Release{}, nil
+	} else if err != nil {
+		return rel, err
+	}
+	rel.Config, rel.Reason, rel.User = revision, reason, user
+	return d.redeploy(ctx, rel)
+}
+
+// redeploy makes a new release like rel, which needs no build, live. The
+// caller holds the app's release lock.
+func (d *Daemon) redeploy(ctx context.Context, rel m3o.Release) (m3o.Release, error) {
+	// Once begun it ends by itself: a client that hangs up leaves no half-done switch.
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Minute)
+	defer cancel()
+	dep, err := d.ledger.BeginDeploy(ctx, release.Deploy{App: rel.App, Reason: rel.Reason, User: rel.User})
+	if err != nil {
+		return rel, err
+	}
+	live, err := d.release(ctx, dep, rel, func(context.Context) error { return nil }, output{io.Discard})
+	if err != nil {
+		return rel, d.failDeploy(ctx, dep.ID, err)
+	}
+	return live.rel, live.Done(ctx, true, io.Discard)
+}
+
+// setReason words a config change without its values.
+func setReason(set, unset []string) string {
+	var b bytes.Buffer
+	if len(set) > 0 {
+		b.WriteString("config set " + strings.Join(set, " "))
+	}
+	if len(unset) > 0 {
+		b.WriteString("config unset " + strings.Join(unset, " "))
+	}
+	return b.String()
+}

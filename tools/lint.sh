@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# gofmt, vet, staticcheck and errcheck over the module. Exceptions are written
+# at the line, with the reason.
+set -euo pipefail
+bad=$(git ls-files -c -o --exclude-standard '*.go' | xargs -r gofmt -l)
+if [ -n "$bad" ]; then
+  echo "lint: gofmt would change:" >&2
+  echo "$bad" >&2
+  exit 1
+fi
+go vet ./...
+go tool staticcheck ./...
+go tool errcheck -ignoregenerated -exclude tools/errcheck.txt ./...
