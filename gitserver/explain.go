@@ -9,16 +9,17 @@ import (
 	"github.com/m3o/m3o"
 )
 
-// peek is the header once git has ended; a zero one when none was read yet.
+// peek is the header once git has ended; an empty one when the client sent none.
 func (p *push) peek() headerResult {
-	select {
-	case h, ok := <-p.header:
-		if ok {
-			p.known = h
+	if p.known == nil {
+		select {
+		case h := <-p.header:
+			p.known = &h
+		default:
+			return headerResult{header: header{empty: true}}
 		}
-	default:
 	}
-	return p.known
+	return *p.known
 }
 
 // checkBypass looks whether git moved the deploy branch without asking the
@@ -38,13 +39,19 @@ func (p *push) checkBypass() {
 func (p *push) explain() {
 	out := &lineWriter{w: p.stderr, prefix: "remote: "}
 	defer out.Close() //nolint:errcheck // the pusher may be gone
-	if p.state.Load() == aborted {
-		if why := context.Cause(p.ctx); !errors.Is(why, errGone) && !errors.Is(why, errStuck) {
-			tell(out, why)
-		}
-		return
-	}
 	h := p.peek()
+	if p.state.Load() == aborted {
+		why := context.Cause(p.ctx)
+		switch {
+		case errors.Is(why, errGone) && h.empty:
+			// ssh may have outlived a git that gave up: it shows what follows.
+		case errors.Is(why, errGone), errors.Is(why, errStuck):
+			return
+		default:
+			tell(out, why)
+			return
+		}
+	}
 	said := p.tap.String()
 	var why *m3o.Error
 	switch {

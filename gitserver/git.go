@@ -184,28 +184,30 @@ func (c *child) feed(r io.Reader) {
 // to tap. Once the client is gone the output is dropped: git must not die of
 // it between moving a ref and saying so.
 func (c *child) pump(out, errOut io.Writer, tap *tap) {
-	copyAll := func(dst io.Writer, src *os.File, seen func([]byte)) {
+	copyAll := func(dst io.Writer, src *os.File, seen func([]byte) (hold bool)) {
 		buf := make([]byte, 64<<10)
+		held := 0
 		for {
-			n, err := src.Read(buf)
-			if n > 0 {
-				if seen != nil {
-					seen(buf[:n])
-				}
+			n, err := src.Read(buf[held:])
+			hold := n > 0 && seen != nil && seen(buf[held:held+n]) && held+n < len(buf)
+			if held += n; held > 0 && (!hold || err != nil) {
 				if dst != nil {
-					if _, werr := dst.Write(buf[:n]); werr != nil {
+					if _, werr := dst.Write(buf[:held]); werr != nil {
 						dst = nil
 					}
 				}
+				held = 0
 			}
 			if err != nil {
 				return
 			}
 		}
 	}
-	var onOut, onErr func([]byte)
+	var onOut, onErr func([]byte) bool
 	if tap != nil {
-		onOut, onErr = tap.stdout, tap.text
+		// The list of refs goes out in one piece: a client that gives up in
+		// the middle of it makes ssh close the channel, and explain unheard.
+		onOut, onErr = func(p []byte) bool { return !tap.stdout(p) }, tap.text
 	}
 	c.pumps.Go(func() { copyAll(out, c.out, onOut) })
 	c.pumps.Go(func() { copyAll(errOut, c.err, onErr) })

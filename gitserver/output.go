@@ -205,14 +205,17 @@ type tap struct {
 	left int    // bytes of the packet still to come
 	band byte
 	raw  bool // no longer packets
+
+	flushed bool // the first flush packet, the end of the advertisement, has passed
 }
 
 const tapSize = 4 << 10
 
-func (t *tap) text(p []byte) {
+func (t *tap) text(p []byte) (hold bool) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.keep(p)
+	return false
 }
 
 func (t *tap) keep(p []byte) {
@@ -229,8 +232,9 @@ func (t *tap) String() string {
 }
 
 // stdout keeps the text of band 2. A packet of the ref advertisement, which
-// has no band, begins with a hex digit or "version" instead.
-func (t *tap) stdout(p []byte) {
+// has no band, begins with a hex digit or "version" instead. It reports whether
+// the advertisement has been seen whole.
+func (t *tap) stdout(p []byte) (advertised bool) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	for len(p) > 0 && !t.raw {
@@ -253,10 +257,12 @@ func (t *tap) stdout(p []byte) {
 		case !ok:
 			t.raw = true
 		case n <= 4:
+			t.flushed = true
 			t.head = t.head[:0]
 		case len(t.head) == 5:
 			t.band, t.left = t.head[4], n-5
 			t.head = t.head[:0]
 		}
 	}
+	return t.flushed || t.raw
 }

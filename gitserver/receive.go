@@ -30,7 +30,7 @@ type push struct {
 
 	state  atomic.Int32 // undecided → accepted | aborted; who changes it decides
 	header chan headerResult
-	known  headerResult // what was read from header
+	known  *headerResult // what was read from header; see peek
 	git    *child
 	ours   [5]*os.File // ends of the hook pipes, by descriptor-3
 	tap    tap
@@ -160,7 +160,6 @@ func (p *push) run() int {
 func (p *push) feed() {
 	h, err := readHeader(p.sess, p.git.in)
 	p.header <- headerResult{h, err}
-	close(p.header)
 	if err != nil {
 		_ = p.git.in.Close() // git ends; what it says, and explain, tell why
 		_, _ = io.Copy(io.Discard, p.sess)
@@ -194,8 +193,8 @@ func (p *push) converse() {
 	}()
 	defer func() { _ = p.ours[0].Close(); <-drained }()
 	defer func() { <-p.git.exited }()
-	p.known = <-p.header // git has read it, so it is there
-	h := p.known
+	h := <-p.header // git has read it, so it is there
+	p.known = &h
 
 	out := &lineWriter{w: p.ours[1], pipe: p.ours[1], stall: p.lim.Stalled, stalled: func() { p.cancel(errStuck) }}
 	decided := make(chan decision, 1)
