@@ -38,6 +38,10 @@ func newH2(e *endpoint, lim *limits) *http.Transport {
 	return t
 }
 
+// deadlineSlack is how much later than the app the router enforces a call's
+// deadline.
+const deadlineSlack = 250 * time.Millisecond
+
 // errCut ends a call whose release is gone.
 var errCut = errors.New("the release was replaced")
 
@@ -51,7 +55,7 @@ func (q *request) relayH2() {
 	if d, ok := grpcTimeout(r.Header.Get("Grpc-Timeout")); grpc && ok {
 		// The app's own answer to a deadline is better than ours: leave it a moment.
 		var stop context.CancelFunc
-		parent, stop = context.WithTimeout(parent, d+250*time.Millisecond)
+		parent, stop = context.WithTimeout(parent, d+deadlineSlack)
 		defer stop()
 	}
 	ctx, cancel := context.WithCancelCause(parent)
@@ -240,6 +244,10 @@ func (q *request) grpcFailure(ctx context.Context, err error) (int, string) {
 		msg := "app " + q.host.App + " reset the stream: " + se.Code.String()
 		switch se.Code {
 		case http2.ErrCodeCancel:
+			// How a gRPC server ends a call whose deadline has passed.
+			if dl, ok := ctx.Deadline(); ok && time.Until(dl) < deadlineSlack+50*time.Millisecond {
+				return grpcDeadline, "deadline exceeded"
+			}
 			return grpcCancelled, msg
 		case http2.ErrCodeRefusedStream:
 			return grpcUnavailable, msg
