@@ -150,12 +150,16 @@ func (b *Builder) build(ctx context.Context, req Request, out *output) (Result, 
 		pkgs = append(pkgs, t.Package)
 	}
 	out.step("Building %s", strings.Join(pkgs, " "))
+	// A file that cannot be read must end the solve from here: fsutil's two
+	// ends would wait for each other.
+	ctx, stop := context.WithCancelCause(ctx)
+	defer stop(nil)
 	watch := newWatch(out)
 	status := make(chan *client.SolveStatus)
 	watched := make(chan struct{})
 	go func() { defer close(watched); watch.run(status) }()
 	_, err = b.client.Solve(ctx, def, client.SolveOpt{
-		LocalMounts: map[string]fsutil.FS{sourceName: req.Tree.FS()},
+		LocalMounts: map[string]fsutil.FS{sourceName: readFS{req.Tree.FS(), stop}},
 		OCIStores:   map[string]content.Store{toolchainStore: b.toolchains.store},
 		Session:     []session.Attachable{secretsprovider.FromMap(b.secrets(req))},
 		Exports:     []client.ExportEntry{{Type: client.ExporterTar, Output: app.open(ctx)}},
@@ -178,6 +182,34 @@ func (b *Builder) build(ctx context.Context, req Request, out *output) (Result, 
 	res.Steps = append(res.Steps, Step{Name: "image", Took: time.Since(mark)})
 	res.Image, res.Size = m.Digest.String(), base.Size+layer.Size
 	return res, nil
+}
+
+// A readFS tells of the first file that cannot be read.
+type readFS struct {
+	fsutil.FS
+	fail context.CancelCauseFunc
+}
+
+func (r readFS) Open(name string) (io.ReadCloser, error) {
+	f, err := r.FS.Open(name)
+	if err != nil {
+		r.fail(fmt.Errorf("read source: %w", err))
+		return nil, err
+	}
+	return &readFile{f, r.fail}, nil
+}
+
+type readFile struct {
+	io.ReadCloser
+	fail context.CancelCauseFunc
+}
+
+func (r *readFile) Read(p []byte) (int, error) {
+	n, err := r.ReadCloser.Read(p)
+	if err != nil && !errors.Is(err, io.EOF) {
+		r.fail(fmt.Errorf("read source: %w", err))
+	}
+	return n, err
 }
 
 // Names that tie the graph to what the session offers.

@@ -114,27 +114,16 @@ func (p *planner) note(format string, args ...any) {
 }
 
 // target adds m to what is built, once, and returns the path of its binary.
-func (p *planner) target(m mainPkg) (string, error) {
+func (p *planner) target(m mainPkg) string {
 	t := buildpacks.Target{Name: m.name, Package: m.pkg(), Path: path.Join(buildpacks.AppDir, m.name)}
-	for _, have := range p.plan.Targets {
-		if have == t {
-			return t.Path, nil
-		}
-		if have.Path == t.Path {
-			return "", &m3o.Error{Kind: m3o.Invalid, Msg: fmt.Sprintf("%s and %s both build a binary called %s", have.Package, t.Package, t.Name),
-				Hint: "rename one of the folders"}
-		}
+	if !slices.Contains(p.plan.Targets, t) {
+		p.plan.Targets = append(p.plan.Targets, t)
 	}
-	p.plan.Targets = append(p.plan.Targets, t)
-	return t.Path, nil
+	return t.Path
 }
 
-func (p *planner) web(m mainPkg) error {
-	bin, err := p.target(m)
-	if err != nil {
-		return err
-	}
-	p.plan.Processes["web"] = m3o.Process{Command: []string{bin}, Replicas: 1, Port: buildpacks.Port}
+func (p *planner) web(m mainPkg) {
+	p.plan.Processes["web"] = m3o.Process{Command: []string{p.target(m)}, Replicas: 1, Port: buildpacks.Port}
 	var rest []string
 	for _, o := range p.mains {
 		if o != m {
@@ -144,17 +133,18 @@ func (p *planner) web(m mainPkg) error {
 	if len(rest) > 0 && p.man.Main == "" {
 		p.note("Running %s as web; a Procfile would run %s too", m.pkg(), list(rest))
 	}
-	return nil
 }
 
 // choose picks the web process of a tree without a Procfile.
 func (p *planner) choose() error {
 	if p.man.Main != "" {
 		i := slices.IndexFunc(p.mains, func(m mainPkg) bool { return m.pkg() == p.man.Main })
-		return p.web(p.mains[i]) // findMains has refused a build.main that is none
+		p.web(p.mains[i]) // findMains has refused a build.main that is none
+		return nil
 	}
 	if len(p.mains) == 1 {
-		return p.web(p.mains[0])
+		p.web(p.mains[0])
+		return nil
 	}
 	var nested []mainPkg
 	for _, m := range p.mains {
@@ -164,10 +154,12 @@ func (p *planner) choose() error {
 	}
 	for _, rel := range []string{"cmd/web", "cmd/server", "cmd/*/server", "."} {
 		if rel == "cmd/*/server" && len(nested) == 1 {
-			return p.web(nested[0])
+			p.web(nested[0])
+			return nil
 		}
 		if i := slices.IndexFunc(p.mains, func(m mainPkg) bool { return m.rel == rel }); i >= 0 {
-			return p.web(p.mains[i])
+			p.web(p.mains[i])
+			return nil
 		}
 	}
 	var pkgs []string
@@ -189,11 +181,7 @@ func (p *planner) byProcfile(lines []buildpacks.ProcessLine) error {
 		if err != nil {
 			return err
 		}
-		bin, err := p.target(m)
-		if err != nil {
-			return err
-		}
-		argv := append([]string{bin}, l.Command[1:]...)
+		argv := append([]string{p.target(m)}, l.Command[1:]...)
 		switch l.Name {
 		case "release":
 			p.plan.Release = argv
@@ -220,11 +208,20 @@ func (p *planner) binary(l buildpacks.ProcessLine) (mainPkg, error) {
 		name = strings.TrimPrefix(name, prefix)
 	}
 	var names []string
+	var found []mainPkg
 	for _, m := range p.mains {
 		if m.name == name {
-			return m, nil
+			found = append(found, m)
 		}
 		names = append(names, m.name)
+	}
+	switch len(found) {
+	case 0:
+	case 1:
+		return found[0], nil
+	default:
+		return mainPkg{}, &m3o.Error{Kind: m3o.Invalid, Msg: fmt.Sprintf("Procfile:%d: %s and %s both build a binary called %q", l.Line, found[0].pkg(), found[1].pkg(), name),
+			Hint: "rename one of the folders"}
 	}
 	return mainPkg{}, &m3o.Error{Kind: m3o.Invalid,
 		Msg:  fmt.Sprintf("Procfile:%d: no main package builds a binary called %q; there is %s", l.Line, name, list(names)),

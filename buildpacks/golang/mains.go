@@ -187,7 +187,7 @@ func (p *planner) imported(dir string, cgo bool) imported {
 	if _, none := errors.AsType[*build.NoGoError](err); none || pkg == nil {
 		return imported{}
 	}
-	out := imported{isMain: pkg.Name == "main", files: pkg.GoFiles, cgo: pkg.CgoFiles}
+	out := imported{isMain: pkg.Name == "main" && len(pkg.GoFiles)+len(pkg.CgoFiles) > 0, files: pkg.GoFiles, cgo: pkg.CgoFiles}
 	if err != nil && !out.isMain {
 		// A file go/build cannot read: if it means to be package main, the
 		// compiler tells what is wrong with it better than "no main package".

@@ -155,11 +155,15 @@ func (s *stores) commit(h plumbing.Hash) (*object.Commit, error) {
 // list reads one directory. Entries come sorted by name, bytewise, which is
 // the order fsutil wants; git's own order sorts "a" after "a.b" if a is a directory.
 func (s *stores) list(dir string, h plumbing.Hash) (listing, error) {
-	var l listing
 	obj, err := s.object(plumbing.TreeObject, h)
 	if err != nil {
-		return l, fmt.Errorf("read tree of %s: %w", dir, err)
+		return listing{}, fmt.Errorf("read tree of %s: %w", dir, err)
 	}
+	return parseTree(dir, obj, s.size)
+}
+
+func parseTree(dir string, obj plumbing.EncodedObject, size func(plumbing.Hash) (int64, error)) (listing, error) {
+	var l listing
 	var t object.Tree
 	if err := t.Decode(obj); err != nil {
 		return l, fmt.Errorf("read tree of %s: %w", dir, err)
@@ -183,9 +187,11 @@ func (s *stores) list(dir string, h plumbing.Hash) (listing, error) {
 			e.mode = 0o644
 		}
 		if !e.mode.IsDir() {
-			if e.size, err = s.size(te.Hash); err != nil {
+			n, err := size(te.Hash)
+			if err != nil {
 				return l, fmt.Errorf("read size of %s: %w", path.Join(dir, te.Name), err)
 			}
+			e.size = n
 		}
 		l.entries = append(l.entries, e)
 	}
