@@ -71,7 +71,7 @@ type launch struct {
 // createTime bounds the making of a container, which takes some 50 ms.
 const createTime = 30 * time.Second
 
-func (d *Driver) launch(ctx context.Context, id string, w runtime.Workload, l launch) (h *handle, err error) {
+func (d *Driver) launch(ctx context.Context, id string, w runtime.Workload, l launch) (_ *handle, err error) {
 	if err := d.clear(ctx, id); err != nil {
 		return nil, fmt.Errorf("remove what was left: %w", err)
 	}
@@ -91,11 +91,16 @@ func (d *Driver) launch(ctx context.Context, id string, w runtime.Workload, l la
 	}
 	// From here on there is something to remove, whatever goes wrong, even
 	// if ctx is what goes wrong.
+	var h *handle
 	defer func() {
-		if err != nil {
-			cctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), createTime)
-			defer cancel()
-			err = errors.Join(err, d.clear(cctx, id))
+		if err == nil {
+			return
+		}
+		cctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), createTime)
+		defer cancel()
+		err = errors.Join(err, d.clear(cctx, id))
+		if h != nil {
+			_ = h.Close()
 		}
 	}()
 	dir := d.bundle(id)
@@ -123,11 +128,6 @@ func (d *Driver) launch(ctx context.Context, id string, w runtime.Workload, l la
 	if err != nil {
 		return nil, err
 	}
-	defer func() {
-		if err != nil {
-			err = errors.Join(err, h.Close())
-		}
-	}()
 	if err := d.net.add(id, pid, ip); err != nil {
 		return nil, fmt.Errorf("set up network: %w", err)
 	}
@@ -191,11 +191,12 @@ func (d *Driver) spawn(ctx context.Context, id, lower string, l launch) (shim, p
 	if err != nil {
 		return 0, 0, fmt.Errorf("start shim: %w", err)
 	}
-	shim = cmd.Process.Pid
+	child := cmd.Process.Pid
 	_ = cmd.Process.Release() // its handle reaps it
 	defer func() {
 		if err != nil {
-			reap(shim)
+			_ = unix.Kill(child, unix.SIGKILL)
+			reap(child)
 		}
 	}()
 	if err := ready.SetReadDeadline(time.Now().Add(createTime)); err != nil {
@@ -217,18 +218,25 @@ func (d *Driver) spawn(ctx context.Context, id, lower string, l launch) (shim, p
 	if pid, err = strconv.Atoi(rest); err != nil {
 		return 0, 0, fmt.Errorf("the shim answered %q", line)
 	}
-	return shim, pid, nil
+	return child, pid, nil
 }
 
 // cleanEnv is all that shims and runc get of our environment: GOMAXPROCS and
 // GOMEMLIMIT, meant for the daemon, make runc several times slower.
 var cleanEnv = []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
 
-// reap kills a shim that is our child and takes its exit status, for which it
-// would wait as a zombie.
+// reap takes the exit status of a shim that has been killed, if it is our
+// child: it would stay a zombie.
 func reap(pid int) {
-	_ = unix.Kill(pid, unix.SIGKILL)
-	_, _ = unix.Wait4(pid, nil, 0, nil)
+	for range 100 {
+		if pid <= 1 {
+			return
+		}
+		if got, err := unix.Wait4(pid, nil, unix.WNOHANG, nil); got == pid || err != nil && !errors.Is(err, unix.EINTR) {
+			return
+		}
+		time.Sleep(time.Millisecond) // it is about to end
+	}
 }
 
 // runc runs a command of it.
@@ -302,12 +310,15 @@ func (d *Driver) clear(ctx context.Context, id string) error {
 func (d *Driver) killShim(ctx context.Context, id string) error {
 	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
 	defer cancel()
+	killed := 0
 	for wait := time.Millisecond; ; wait = min(2*wait, 100*time.Millisecond) {
 		held, err := d.held(id)
 		if err != nil || !held {
+			reap(killed)
 			return err
 		}
 		if pid, err := readPid(filepath.Join(d.bundle(id), "shim.pid")); err == nil {
+			killed = pid
 			_ = unix.Kill(pid, unix.SIGKILL)
 		}
 		select {

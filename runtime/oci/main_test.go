@@ -12,6 +12,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -120,6 +121,8 @@ func (r rig) serve(t *testing.T) (d *oci.Driver, end func()) {
 	}
 }
 
+func mustPrefix(s string) netip.Prefix { return netip.MustParsePrefix(s) }
+
 func shutdown(t *testing.T, d *oci.Driver) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
@@ -189,6 +192,9 @@ func (r rig) processes(t *testing.T) []string {
 		if err != nil {
 			continue
 		}
+		if dead(p) {
+			continue
+		}
 		line := strings.ReplaceAll(string(cmd), "\x00", " ")
 		group, _ := os.ReadFile(filepath.Join(p, "cgroup"))
 		if strings.Contains(line, r.cfg.Dir) && !strings.Contains(line, ".test") || strings.Contains(string(group), ":/"+r.cfg.Name+"/") {
@@ -196,4 +202,13 @@ func (r rig) processes(t *testing.T) []string {
 		}
 	}
 	return out
+}
+
+// dead is whether a process is a zombie of somebody else's: what a killed
+// daemon leaves, the machine's init reaps in its own time.
+func dead(proc string) bool {
+	b, _ := os.ReadFile(filepath.Join(proc, "stat"))
+	_, rest, _ := strings.Cut(string(b), ") ")
+	f := strings.Fields(rest)
+	return len(f) > 1 && f[0] == "Z" && f[1] != strconv.Itoa(os.Getpid())
 }

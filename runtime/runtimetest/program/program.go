@@ -49,6 +49,9 @@ type Process struct {
 //	env NAME…        prints variables
 //	look             prints what it can see of its surroundings, as JSON (see Look)
 //	dial ADDR…       prints whether each can be connected to
+//	lookup NAME…     prints the addresses of each name, or why there are none
+//	fork             makes processes until it may not, prints how many
+//	size             waits for a line on stdin, prints the size of its terminal
 func Main(ctx context.Context, p Process) int {
 	if len(p.Args) == 0 {
 		p.Args = []string{"serve"}
@@ -104,6 +107,35 @@ func Main(ctx context.Context, p Process) int {
 		return 0
 	case "look":
 		_ = json.NewEncoder(p.Out).Encode(Look())
+		return 0
+	case "lookup":
+		for _, n := range p.Args[1:] {
+			ips, err := (&net.Resolver{PreferGo: true}).LookupHost(ctx, n)
+			if err != nil {
+				if d, ok := errors.AsType[*net.DNSError](err); ok {
+					ips = []string{d.Err}
+				}
+			}
+			slices.Sort(ips)
+			say(p.Out, n+" "+strings.Join(ips, ","))
+		}
+		return 0
+	case "fork":
+		n := 0
+		for n < 1000 {
+			proc, err := os.StartProcess("/proc/self/exe", []string{"server", "mute"}, &os.ProcAttr{})
+			if err != nil {
+				say(p.Out, fmt.Sprint(n < 1000, " ", strings.Contains(err.Error(), "temporarily unavailable")))
+				return 0
+			}
+			defer proc.Kill() //nolint:errcheck // they go with the container
+			n++
+		}
+		say(p.Out, "no limit")
+		return 0
+	case "size":
+		_, _ = bufio.NewReader(p.In).ReadString('\n')
+		say(p.Out, size())
 		return 0
 	case "dial":
 		for _, a := range p.Args[1:] {
@@ -200,6 +232,9 @@ func serve(ctx context.Context, p Process, addr, kind string) int {
 	case <-stop:
 		say(p.Out, "asked to end")
 	case exit = <-code:
+		sctx, cancel := context.WithTimeout(context.Background(), time.Second)
+		_ = s.Shutdown(sctx) // who asked gets an answer
+		cancel()
 	case <-p.Killed:
 	}
 	_ = s.Close()
