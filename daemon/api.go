@@ -151,7 +151,7 @@ func (g *guard) admit(ctx context.Context, procedure string, h http.Header) (con
 	return context.WithValue(ctx, whoKey{}, w), nil
 }
 
-var errSignIn = connect.NewError(connect.CodeUnauthenticated, &m3o.Error{Kind: m3o.Denied, Msg: "not signed in", Hint: "run m3o login"})
+var errSignIn = connect.NewError(connect.CodeUnauthenticated, &m3o.Error{Kind: m3o.Denied, Msg: "not signed in"}) // the CLI knows the command with this server's URL
 
 // allow asks auth whether the caller may do this to the app or user the
 // message names.

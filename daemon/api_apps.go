@@ -6,6 +6,7 @@ import (
 	"io"
 	"io/fs"
 	"os"
+	"slices"
 	"time"
 
 	"connectrpc.com/connect"
@@ -15,6 +16,7 @@ import (
 	m3ov1 "github.com/m3o/m3o/api/m3o/v1"
 	"github.com/m3o/m3o/auth"
 	"github.com/m3o/m3o/config"
+	"github.com/m3o/m3o/release"
 	"github.com/m3o/m3o/runtime"
 )
 
@@ -124,10 +126,19 @@ func (a releasesAPI) List(ctx context.Context, req *connect.Request[m3ov1.ListRe
 		return nil, err
 	}
 	res := &m3ov1.ListReleasesResponse{}
+	open, err := a.d.ledger.UnfinishedDeploys(ctx)
+	if err != nil {
+		return nil, err
+	}
+	underWay := slices.ContainsFunc(open, func(dep release.Deploy) bool { return dep.App == req.Msg.App })
 	for _, r := range rels {
 		status, err := a.d.ledger.ReleaseStatus(ctx, r.App, r.Version)
 		if err != nil {
 			return nil, err
+		}
+		// A crash right after a release was numbered leaves one that no deploy knows.
+		if status == release.ReleasePending && !underWay {
+			status = release.ReleaseFailed
 		}
 		res.Releases = append(res.Releases, wireRelease(r, string(status)))
 	}
@@ -276,7 +287,8 @@ func (a configAPI) change(ctx context.Context, app string, set []config.Var, uns
 	}
 	rel, err := a.d.configure(ctx, app, who(ctx).User, rev.Number, reason)
 	if err != nil {
-		return 0, 0, err
+		return 0, 0, &m3o.Error{Kind: m3o.KindOf(err), Msg: "the change is saved, but not live: " + userMessage(err),
+			Hint: "the release before it still runs, without the change; correct it with m3o config:set or config:unset", Err: err}
 	}
 	return int32(rev.Number), int32(rel.Version), nil
 }

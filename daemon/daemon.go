@@ -51,6 +51,8 @@ type Daemon struct {
 	trees   source.Cache
 	lanes   lanes
 
+	imagesMu sync.RWMutex // read: an image is made that no release names yet; write: images are removed
+
 	routerDied chan struct{} // gets a token when a router we started ends
 	ssh        net.Listener
 	api        net.Listener

@@ -102,6 +102,9 @@ func (d *Daemon) push(ctx context.Context, turn *turn, src m3o.Source, w io.Writ
 	if dep, err = d.advance(ctx, dep.ID, release.Build, nil); err != nil {
 		return fail(d.endBuild(ctx, bld, err))
 	}
+	// Until the ledger names it, nothing but this lock keeps the image.
+	d.imagesMu.RLock()
+	defer d.imagesMu.RUnlock()
 	plan, res, err := d.build(ctx, src, tree, both)
 	if err != nil {
 		return fail(d.endBuild(ctx, bld, err))
@@ -423,7 +426,41 @@ func (d *Daemon) retire(app string, version int) {
 			return // the next start of the daemon stops what is not live
 		}
 		d.discard(ctx, rel)
+		d.prune(ctx)
 	})
+}
+
+// prune removes the images and layers of releases that no rollback offers. It
+// is the only owner of retention. While a push is on its way it does nothing:
+// the next deploy calls it again.
+func (d *Daemon) prune(ctx context.Context) {
+	if !d.imagesMu.TryLock() {
+		return
+	}
+	defer d.imagesMu.Unlock()
+	apps, err := d.ledger.Apps(ctx)
+	if err != nil {
+		d.log.Error("prune images", "err", err)
+		return
+	}
+	var keep []string
+	for _, app := range apps {
+		kept, err := d.ledger.Kept(ctx, app.Name)
+		if err != nil {
+			d.log.Error("prune images", "app", app.Name, "err", err)
+			return
+		}
+		for _, rel := range kept {
+			keep = append(keep, rel.Image)
+		}
+	}
+	// The driver first: what it unpacks is read from the images.
+	if err := d.driver.Prune(ctx, keep); err != nil {
+		d.log.Error("prune layers", "err", err)
+	}
+	if err := d.builder.Prune(ctx, keep); err != nil {
+		d.log.Error("prune images", "err", err)
+	}
 }
 
 // endBuild records how a build ended and returns err, or the error of recording.

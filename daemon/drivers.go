@@ -19,6 +19,7 @@ type driver interface {
 	runtime.Driver
 	Serve(ctx context.Context) error
 	Shutdown(ctx context.Context) error
+	Prune(ctx context.Context, keep []string) error
 }
 
 // builder makes images; *build.Builder is the real one.
@@ -48,7 +49,7 @@ func (d *Daemon) openEngines(ctx context.Context) error {
 		d.driver, err = oci.Open(ctx, oci.Config{Name: d.cfg.Name, Dir: d.cfg.path("runtime"), Run: filepath.Join("/run", d.cfg.Name), Images: b.Images(),
 			Runc: bin("runc"), Shim: bin("m3o-shim"), Subnet: d.subnet(), Deny: []netip.Prefix{builds}, Log: d.log})
 	case "process":
-		d.driver, err = process.Open(ctx, process.Config{Dir: d.cfg.path("runtime"), Images: b.Images(), Log: d.log})
+		d.driver, err = process.Open(process.Config{Dir: d.cfg.path("runtime"), Images: b.Images(), Log: d.log})
 	default:
 		err = m3o.Errorf(m3o.Invalid, "no runtime driver called %q", d.cfg.Runtime)
 	}

@@ -117,6 +117,10 @@ func (r *routes) merge(in m3o.Instance) bool {
 	if known && in.At.Before(old.At) {
 		return false
 	}
+	if in.Phase == m3o.Exited && old.Phase == m3o.Draining {
+		delete(r.instances, in.ID) // it was told to go, so it will not be seen again
+		return true
+	}
 	r.instances[in.ID] = in
 	return !known || old.Phase != in.Phase || old.Addr != in.Addr
 }

@@ -7,6 +7,7 @@ missing=()
 want() { command -v "$1" >/dev/null 2>&1 || missing+=("$2"); }
 want git git
 want ssh openssh-client
+want git-lfs git-lfs # its pre-push hook is answered, and that is tested
 want sshd openssh-server # the reference of the push benchmark
 want gcc gcc
 want pkg-config pkg-config

@@ -58,7 +58,7 @@ func runKeysAdd(ctx context.Context, c *call) error {
 }
 
 // publicKey is the authorized_keys line that keys:add sends: of a file, of
-// stdin for "-", or else of the first default key. A private key is refused
+// stdin for "-", the argument itself if it is a line, or else of the first default key. A private key is refused
 // before anything is sent.
 func (c *call) publicKey() (string, error) {
 	var data, from string
@@ -69,6 +69,8 @@ func (c *call) publicKey() (string, error) {
 			return "", err
 		}
 		data, from = text, "stdin"
+	case len(c.args) > 0 && strings.Contains(c.args[0], " "):
+		data, from = c.args[0], "the argument" // the key itself, as somebody sent it
 	case len(c.args) > 0:
 		b, err := readSmall(c.args[0])
 		if err != nil {

@@ -22,7 +22,7 @@ func TestDeploysAndRollbacksLoseNoRequest(t *testing.T) {
 	b := theBox(t)
 	p := b.user(t, "dora")
 	dir := p.clone(t, "hello-http", "loop")
-	version(t, p, dir, "0")
+	setVersion(t, p, dir, "0")
 	if out, err := p.push(dir); err != nil {
 		t.Fatalf("push: %v\n%s", err, out)
 	}
@@ -30,7 +30,7 @@ func TestDeploysAndRollbacksLoseNoRequest(t *testing.T) {
 	streams := startProbe(t, b, "loop", "/stream?count=20")
 	seen := map[string]bool{}
 	for i := 1; i <= 20; i++ {
-		version(t, p, dir, strconv.Itoa(i))
+		setVersion(t, p, dir, strconv.Itoa(i))
 		if out, err := p.push(dir); err != nil {
 			t.Fatalf("push %d: %v\n%s", i, err, out)
 		}
@@ -65,7 +65,7 @@ func TestKilledDaemonFinishesOrFailsTheDeploy(t *testing.T) {
 	b := theBox(t)
 	p := b.user(t, "kim")
 	dir := p.clone(t, "hello-http", "phoenix")
-	version(t, p, dir, "alive")
+	setVersion(t, p, dir, "alive")
 	if out, err := p.push(dir); err != nil {
 		t.Fatalf("push: %v\n%s", err, out)
 	}
@@ -81,7 +81,7 @@ func TestKilledDaemonFinishesOrFailsTheDeploy(t *testing.T) {
 			probe := startProbe(t, b, "phoenix", "/")
 			tip := remoteTip(t, p, dir)
 			next := fmt.Sprintf("after-%d", i)
-			version(t, p, dir, next)
+			setVersion(t, p, dir, next)
 			out, err := p.push(dir)
 			if err == nil && step != "live" {
 				t.Errorf("the push succeeded although the daemon died:\n%s", out)
@@ -109,7 +109,7 @@ func TestKilledDaemonFinishesOrFailsTheDeploy(t *testing.T) {
 			}
 			b.checkNothingExtra(t, "phoenix", 1)
 			// What the crash interrupted can simply be done again.
-			version(t, p, dir, next+"-again")
+			setVersion(t, p, dir, next+"-again")
 			if out, err := p.push(dir); err != nil {
 				t.Fatalf("push after the crash: %v\n%s", err, out)
 			}
@@ -166,7 +166,7 @@ func TestCtrlCCancelsThePush(t *testing.T) {
 	}
 	for _, mark := range []string{"-----> ", "Releasing", "Starting"} {
 		t.Run(mark, func(t *testing.T) {
-			version(t, p, dir, "never "+mark)
+			setVersion(t, p, dir, "never "+mark)
 			// A slow start gives the signal time to arrive in the phase meant.
 			tip := remoteTip(t, p, dir)
 			cmd := p.command(dir, "git", "push", "m3o", "main")
@@ -184,7 +184,7 @@ func TestCtrlCCancelsThePush(t *testing.T) {
 				t.Errorf("the app answers %d %q", code, body)
 			}
 			b.checkNothingExtra(t, "impatient", 1)
-			version(t, p, dir, "again "+mark)
+			setVersion(t, p, dir, "again "+mark)
 			if out, err := p.push(dir); err != nil {
 				t.Fatalf("push after Ctrl-C: %v\n%s", err, out)
 			}
@@ -214,15 +214,15 @@ func TestNewestOfTwoPushesWins(t *testing.T) {
 	b := theBox(t)
 	p := b.user(t, "twin")
 	dir := p.clone(t, "hello-http", "race")
-	version(t, p, dir, "base")
+	setVersion(t, p, dir, "base")
 	if out, err := p.push(dir); err != nil {
 		t.Fatalf("push: %v\n%s", err, out)
 	}
 	second := filepath.Join(p.home, "race2")
 	p.must(t, "", "git", "clone", "-q", "ssh://m3o@"+b.sshHost()+"/race", second)
 	p.must(t, second, "git", "remote", "rename", "origin", "m3o")
-	version(t, p, dir, "older")
-	version(t, p, second, "newer")
+	setVersion(t, p, dir, "older")
+	setVersion(t, p, second, "newer")
 	type result struct {
 		out string
 		err error
@@ -287,7 +287,7 @@ func TestKilledBuildkitdFailsThePushAndComesBack(t *testing.T) {
 	if out, err := p.push(dir); err != nil {
 		t.Fatalf("push: %v\n%s", err, out)
 	}
-	version(t, p, dir, "unlucky")
+	setVersion(t, p, dir, "unlucky")
 	tip := remoteTip(t, p, dir)
 	cmd := p.command(dir, "git", "push", "m3o", "main")
 	buf := &signalOn{mark: "-----> ", hit: func() {
@@ -305,7 +305,7 @@ func TestKilledBuildkitdFailsThePushAndComesBack(t *testing.T) {
 			t.Errorf("the push does not say what happened to the builder:\n%s", buf.buf.String())
 		}
 	}
-	version(t, p, dir, "lucky")
+	setVersion(t, p, dir, "lucky")
 	eventually(t, "a push works again", func() bool {
 		out, err := p.push(dir)
 		if err != nil {
@@ -335,7 +335,7 @@ func TestKilledRouterIsStartedAgain(t *testing.T) {
 	}
 	c := b.client(t)
 	eventually(t, "the app answers again", func() bool { return ask(c, b.url("phx-router", "/")) == nil })
-	version(t, p, dir, "two")
+	setVersion(t, p, dir, "two")
 	if out, err := p.push(dir); err != nil {
 		t.Errorf("push after the router died: %v\n%s", err, out)
 	}
@@ -437,7 +437,7 @@ func TestFullDiskIsSaidAndSurvived(t *testing.T) {
 	b := theBox(t)
 	p := b.user(t, "fred")
 	dir := p.clone(t, "hello-http", "full")
-	version(t, p, dir, "before")
+	setVersion(t, p, dir, "before")
 	if out, err := p.push(dir); err != nil {
 		t.Fatalf("push: %v\n%s", err, out)
 	}
@@ -447,7 +447,7 @@ func TestFullDiskIsSaidAndSurvived(t *testing.T) {
 	}
 	ballast := filepath.Join(b.dir, "ballast")
 	free := int64(st.Bavail) * st.Bsize
-	version(t, p, dir, "after")
+	setVersion(t, p, dir, "after")
 	tip := remoteTip(t, p, dir)
 	if out, err := exec.Command("fallocate", "-l", strconv.FormatInt(free-256<<10, 10), ballast).CombinedOutput(); err != nil {
 		t.Fatalf("fallocate: %v: %s", err, out)

@@ -87,8 +87,8 @@ func TestPushBuildsReleasesAndServes(t *testing.T) {
 	})
 }
 
-// version sets what hello-http answers and commits it.
-func version(t *testing.T, p *person, dir, v string) {
+// setVersion sets what hello-http answers and commits it.
+func setVersion(t *testing.T, p *person, dir, v string) {
 	t.Helper()
 	file := filepath.Join(dir, "main.go")
 	src, err := os.ReadFile(file)
@@ -111,7 +111,7 @@ func TestBrokenPushChangesNothing(t *testing.T) {
 	b := theBox(t)
 	eve := b.user(t, "eve")
 	dir := eve.clone(t, "hello-http", "steady")
-	version(t, eve, dir, "one")
+	setVersion(t, eve, dir, "one")
 	if out, err := eve.push(dir); err != nil {
 		t.Fatalf("first push: %v\n%s", err, out)
 	}

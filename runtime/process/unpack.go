@@ -6,6 +6,7 @@ import (
 	"archive/tar"
 	"bufio"
 	"compress/gzip"
+	"context"
 	"crypto/sha256"
 	"encoding/hex"
 	"errors"
@@ -15,6 +16,7 @@ import (
 	"os"
 	"path"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"github.com/m3o/m3o"
@@ -181,4 +183,23 @@ func opaque(root *os.Root, dir string, made map[string]bool) error {
 		}
 	}
 	return nil
+}
+
+// Prune removes the unpacked images but those of keep (manifest digests) and
+// of what runs. It may be called at any time.
+func (d *Driver) Prune(_ context.Context, keep []string) error {
+	d.unpacking.Lock()
+	defer d.unpacking.Unlock()
+	keep = append(slices.Clone(keep), d.Images()...)
+	es, err := os.ReadDir(filepath.Join(d.cfg.Dir, "images"))
+	if err != nil {
+		return fmt.Errorf("prune images: %w", err)
+	}
+	var errs []error
+	for _, e := range es {
+		if !slices.Contains(keep, "sha256:"+e.Name()) {
+			errs = append(errs, os.RemoveAll(filepath.Join(d.cfg.Dir, "images", e.Name())))
+		}
+	}
+	return errors.Join(errs...)
 }
