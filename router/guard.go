@@ -83,7 +83,10 @@ func (c *guardConn) Read(p []byte) (int, error) {
 	}
 	c.err = bad
 	if c.frame.state == body || len(p)-good < len(poison) {
-		return good, bad
+		if good > 0 {
+			return good, nil // an error now would end what came before, too
+		}
+		return 0, bad
 	}
 	return good + copy(p[good:], poison), nil
 }
@@ -254,6 +257,9 @@ func (f *framing) line(l []byte) error {
 		}
 		f.chunked, f.hasCL, f.left, f.want = false, false, 0, ""
 		f.old = bytes.HasSuffix(l, []byte(" HTTP/1.0"))
+		if !f.old && !bytes.HasSuffix(l, []byte(" HTTP/1.1")) {
+			return f.refuse("a version other than HTTP/1.0 and HTTP/1.1")
+		}
 		if bytes.IndexByte(l, '\r') >= 0 {
 			return f.refuse("a bare CR")
 		}

@@ -39,6 +39,7 @@ type h1relay struct {
 	head     respHead
 	spent    bool // the connection cannot be used again
 	gotHead  atomic.Bool
+	allRead  atomic.Bool   // the client's body has been read to its end
 	cont     chan struct{} // closed when the app wants the body
 	bodyDone chan error    // the goroutine's end, nil before it starts
 	stopBody chan struct{}
@@ -146,6 +147,12 @@ func (x *h1relay) exchange() (*h1conn, func() bool, error) {
 		x.endBody(conn)
 		unhook()
 		conn.close()
+		if x.bodyDone != nil {
+			// The body's fault is the cause of what came after.
+			if cerr, ok := errors.AsType[*clientError](<-x.bodyDone); ok {
+				return nil, nil, cerr
+			}
+		}
 		if _, silent := errors.AsType[*errNoAnswer](err); !conn.reused || ctx.Err() != nil || conn.aborted.Load() ||
 			conn.wrote > 0 && (!silent || !repeatable) || conn.wrote == 0 && x.bodyDone != nil {
 			return nil, nil, err
@@ -197,6 +204,9 @@ func (x *h1relay) sendBody(conn *h1conn) error {
 	defer buffers.Put(buf)
 	for {
 		n, err := x.r.Body.Read(*buf)
+		if errors.Is(err, io.EOF) {
+			x.allRead.Store(true) // before the app can know, and answer
+		}
 		if n > 0 {
 			conn.writeBy(time.Now().Add(x.rt.limits.BodyIdle))
 			if chunked {
@@ -257,9 +267,10 @@ func (x *h1relay) endBody(conn *h1conn) bool {
 		return true
 	}
 	var err error
-	select {
-	case err = <-x.bodyDone:
-	default:
+	if x.allRead.Load() {
+		conn.writeBy(time.Now().Add(time.Second)) // for what is left to write
+		err = <-x.bodyDone
+	} else {
 		close(x.stopBody)
 		conn.abort()
 		// The client may be slow with the rest of a body nobody wants.
@@ -321,7 +332,7 @@ func (x *h1relay) deliver(conn *h1conn) bool {
 	if _, ok := h["Date"]; !ok {
 		h["Date"] = nil
 	}
-	if x.streamed && x.r.ProtoMajor == 1 && len(x.bodyDone) == 0 {
+	if x.streamed && x.r.ProtoMajor == 1 && !x.allRead.Load() {
 		h["Connection"] = []string{"close"} // the rest of the body will not be read
 	}
 	x.w.WriteHeader(head.status)

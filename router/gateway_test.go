@@ -1,0 +1,123 @@
+package router_test
+
+import (
+	"context"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"google.golang.org/grpc"
+	testpb "google.golang.org/grpc/interop/grpc_testing"
+	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/reflection"
+	"google.golang.org/protobuf/proto"
+
+	"github.com/m3o/m3o/gateway"
+	"github.com/m3o/m3o/router"
+)
+
+// The daemon hands the one to the other: here it is seen that they fit.
+var _ router.Gateway = (*gateway.Gateway)(nil)
+
+type greeter struct {
+	testpb.UnimplementedTestServiceServer
+}
+
+func (greeter) UnaryCall(ctx context.Context, in *testpb.SimpleRequest) (*testpb.SimpleResponse, error) {
+	md, _ := metadata.FromIncomingContext(ctx)
+	return &testpb.SimpleResponse{
+		Username: strings.Join(append(md.Get("x-forwarded-for"), md.Get("x-forwarded-proto")...), " "),
+		Payload:  in.Payload,
+	}, nil
+}
+
+func TestJSONThroughRouterAndGateway(t *testing.T) {
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	srv := grpc.NewServer()
+	testpb.RegisterTestServiceServer(srv, greeter{})
+	reflection.Register(srv)
+	served := make(chan struct{})
+	go func() { defer close(served); _ = srv.Serve(ln) }()
+	t.Cleanup(func() { srv.Stop(); <-served })
+
+	fds, err := gateway.Reflect(t.Context(), ln.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	b, err := proto.Marshal(fds)
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	schema := filepath.Join(dir, "schema.binpb")
+	if err := os.WriteFile(schema, b, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	front, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	rt, err := router.New(router.Config{HTTP: front, State: filepath.Join(dir, "table"), Gateway: gateway.New(gateway.Config{})})
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error, 1)
+	go func() { done <- rt.Run(ctx) }()
+	t.Cleanup(func() {
+		cancel()
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+	})
+	dead := "127.0.0.1:1" // tried first half of the time, and passed over
+	if err := rt.Put(router.Table{Domain: "localhost", Hosts: []router.Host{
+		{Name: "shop.localhost", App: "shop", Release: 1, Protocol: router.GRPC, Endpoints: []string{dead, ln.Addr().String()}, Descriptors: schema},
+		{Name: "gone.localhost", App: "gone", Release: 1, Protocol: router.GRPC, Endpoints: []string{dead}, Descriptors: schema},
+		{Name: "api.localhost", Kind: router.KindAPI},
+	}}); err != nil {
+		t.Fatal(err)
+	}
+	for range 4 {
+		for _, tc := range []struct {
+			host, path string
+			code       int
+			want       string
+		}{
+			{"shop.localhost", "/grpc.testing.TestService/UnaryCall", 200, `"username":"127.0.0.1 http"`},
+			{"shop.localhost", "/grpc.testing.TestService/UnaryCal", 404, "/grpc.testing.TestService/UnaryCall"},
+			{"api.localhost", "/shop/TestService/unary-call", 200, `"body":"aGk="`},
+			{"api.localhost", "/SHOP/unarycall", 200, `"body":"aGk="`},
+			{"api.localhost", "/v1/shop/test_service/unaryCall", 404, "no method"},
+			{"api.localhost", "/nope/call", 404, `no app called \"nope\"`},
+			{"gone.localhost", "/grpc.testing.TestService/UnaryCall", 503, "app gone cannot be reached"},
+		} {
+			req, err := http.NewRequestWithContext(t.Context(), "POST", "http://"+front.Addr().String()+tc.path, strings.NewReader(`{"payload":{"body":"aGk="}}`))
+			if err != nil {
+				t.Fatal(err)
+			}
+			req.Host = tc.host
+			req.Header.Set("Content-Type", "application/json")
+			req.Header.Set("X-Forwarded-For", "6.6.6.6")
+			res, err := http.DefaultClient.Do(req)
+			if err != nil {
+				t.Fatal(err)
+			}
+			b, err := io.ReadAll(res.Body)
+			_ = res.Body.Close()
+			if got := strings.ReplaceAll(string(b), `": "`, `":"`); err != nil || res.StatusCode != tc.code || !strings.Contains(got, tc.want) {
+				t.Errorf("%s%s: %s %s, want %d with %s", tc.host, tc.path, res.Status, b, tc.code, tc.want)
+			}
+		}
+	}
+	if s := rt.Status(); s.Apps["shop"].InFlight != 0 || s.Apps["gone"].Failures == 0 {
+		t.Errorf("%+v", s.Apps)
+	}
+}
