@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"strings"
 
 	"google.golang.org/grpc"
@@ -13,6 +14,7 @@ import (
 	reflectv1 "google.golang.org/grpc/reflection/grpc_reflection_v1"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/reflect/protoreflect"
 	"google.golang.org/protobuf/types/descriptorpb"
 
 	"github.com/m3o/m3o"
@@ -24,7 +26,7 @@ const (
 )
 
 // Reflect asks the gRPC server at addr ("ip:port" or "unix:/path") for the
-// schema of every service it registered: grpc.reflection.v1, then v1alpha. It
+// schema of every service it registered, and of no other: grpc.reflection.v1, then v1alpha. It
 // is NotFound when the server has no reflection, Invalid when the schema is
 // larger than 16 MB or makes no sense. ctx bounds the time.
 func Reflect(ctx context.Context, addr string) (*descriptorpb.FileDescriptorSet, error) {
@@ -105,7 +107,9 @@ func reflectBy(ctx context.Context, cc *grpc.ClientConn, method string) (*descri
 		}
 		return nil
 	}
+	registered := map[string]bool{}
 	for _, s := range services {
+		registered[s.Name] = true
 		a, err := ask(&reflectv1.ServerReflectionRequest{MessageRequest: &reflectv1.ServerReflectionRequest_FileContainingSymbol{FileContainingSymbol: s.Name}})
 		if _, refused := errors.AsType[errAnswer](err); refused {
 			continue // registered, but its file is not linked in: the others still work
@@ -133,6 +137,13 @@ func reflectBy(ctx context.Context, cc *grpc.ClientConn, method string) (*descri
 			return nil, err
 		}
 		have[name] = true
+	}
+	// A file may define services that this server does not have.
+	for _, fd := range fds.File {
+		fd.Service = slices.DeleteFunc(fd.Service, func(sd *descriptorpb.ServiceDescriptorProto) bool {
+			full := protoreflect.FullName(fd.GetPackage()).Append(protoreflect.Name(sd.GetName()))
+			return !registered[string(full)]
+		})
 	}
 	return fds, nil
 }
