@@ -75,7 +75,6 @@ func newEndpoint(id releaseID, addr string, lim *limits) *endpoint {
 type call struct {
 	next, prev *call
 	ep         *endpoint
-	host       *host
 	// cut ends the call politely. It must not block and may run more than
 	// once; set it with onCut.
 	cut    func()
