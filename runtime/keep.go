@@ -103,7 +103,7 @@ func (r *Reconciler) write(in *instance, f func(*record)) {
 	f(&in.record)
 	rec := in.record
 	r.mu.Unlock()
-	if err := r.records.put("instances", in.ID, rec); err != nil {
+	if err := r.records.putInstance(rec); err != nil {
 		// Only the count of restarts and a hint at health are lost.
 		r.log.Warn("cannot update an instance's record", "instance", in.ID, "err", err)
 	}
@@ -215,7 +215,7 @@ func (r *Reconciler) probe(ctx context.Context, in *instance, w Workload, addr s
 	health := w.Health
 	good, bad := 0, 0
 	for wait := firstLook; sleep(ctx, wait); {
-		proto, err := Probe(ctx, addr, health)
+		proto, err := r.ask(ctx, addr, health)
 		if ctx.Err() != nil {
 			return
 		}

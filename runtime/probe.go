@@ -58,9 +58,16 @@ func Probe(ctx context.Context, addr string, h m3o.Health) (Protocol, error) {
 	case "http":
 		return HTTP1, healthyPath(ctx, addr, cmp.Or(h.Path, "/"))
 	case "grpc":
+		if err := accepts(ctx, addr); err != nil {
+			return "", err
+		}
 		p, err := grpcHealth(ctx, addr)
-		if err == nil && p != GRPC {
+		switch {
+		case err == nil && p != GRPC:
 			err = errors.New("the port speaks HTTP/2 but did not answer the gRPC health check")
+		case p == "" && ctx.Err() == nil:
+			// How exactly another protocol fails is chance.
+			err = errors.New("the port does not speak gRPC")
 		}
 		return p, err
 	case "":
@@ -160,16 +167,27 @@ func healthyPath(ctx context.Context, addr, path string) error {
 	return nil
 }
 
+// anyAnswer is by hand: net/http writes to the standard logger when a server
+// that speaks something else says it first.
 func anyAnswer(ctx context.Context, addr string) error {
-	c, finish := client(false)
-	defer finish()
-	req := (&http.Request{Method: "OPTIONS", Host: addr, Header: http.Header{"User-Agent": {userAgent}},
-		URL: &url.URL{Scheme: "http", Host: addr, Path: "*"}}).WithContext(ctx)
-	resp, err := c.Do(req)
+	var d net.Dialer
+	c, err := d.DialContext(ctx, "tcp", addr)
 	if err != nil {
-		return describe(unwrapURL(err))
+		return describe(err)
 	}
-	return resp.Body.Close()
+	defer c.Close() //nolint:errcheck // the answer is all that is wanted
+	defer context.AfterFunc(ctx, func() { _ = c.SetDeadline(time.Unix(1, 0)) })()
+	if _, err := fmt.Fprintf(c, "OPTIONS * HTTP/1.1\r\nHost: %s\r\nUser-Agent: %s\r\nConnection: close\r\n\r\n", addr, userAgent); err != nil {
+		return describe(err)
+	}
+	b := make([]byte, len("HTTP/1."))
+	if _, err := io.ReadFull(c, b); err != nil {
+		return describe(err)
+	}
+	if string(b) != "HTTP/1." {
+		return errors.New("the answer is not HTTP/1.1")
+	}
+	return nil
 }
 
 func unwrapURL(err error) error {

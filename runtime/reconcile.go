@@ -57,10 +57,11 @@ type Reconciler struct {
 	log     *slog.Logger
 	records records
 	hub     hub
-	wake    chan struct{} // what is wanted may differ from what is
-	slots   chan struct{} // bounds launches at once: more only slow each other down
-	running sync.Mutex    // held by Run and StopAll
-	writing sync.Mutex    // serialises changes of wants with their records
+	wake    chan struct{}                                               // what is wanted may differ from what is
+	slots   chan struct{}                                               // bounds launches at once: more only slow each other down
+	ask     func(context.Context, string, m3o.Health) (Protocol, error) // Probe, save in tests of time
+	running sync.Mutex                                                  // held by Run and StopAll
+	writing sync.Mutex                                                  // serialises changes of wants with their records
 
 	mu    sync.Mutex // guards below
 	wants map[Ref]want
@@ -86,7 +87,7 @@ func NewReconciler(dir string, host Host, log *slog.Logger) (*Reconciler, error)
 	if log == nil {
 		log = slog.New(slog.DiscardHandler)
 	}
-	r := &Reconciler{host: host, log: log, records: records{dir},
+	r := &Reconciler{host: host, log: log, records: records{dir}, ask: Probe,
 		wake: make(chan struct{}, 1), gone: make(chan struct{}), have: map[string]*instance{},
 		slots: make(chan struct{}, max(4, 2*goruntime.NumCPU()))}
 	wants, have, err := r.records.open()
@@ -123,7 +124,7 @@ func (r *Reconciler) Start(ctx context.Context, w Workload, replicas int) error 
 	}
 	r.writing.Lock()
 	defer r.writing.Unlock()
-	if err := r.records.put("want", w.file(), want{w, replicas}); err != nil {
+	if err := r.records.putWant(want{w, replicas}); err != nil {
 		return err
 	}
 	r.mu.Lock()
@@ -354,7 +355,7 @@ func rank(p m3o.Phase) int {
 // create records a new instance; its keeper launches it.
 func (r *Reconciler) create(w Workload) (*instance, error) {
 	in := newInstance(record{ID: NewID(w.Ref), Workload: w})
-	if err := r.records.put("instances", in.ID, in.record); err != nil {
+	if err := r.records.putInstance(in.record); err != nil {
 		return nil, err
 	}
 	r.change(in, func() { r.have[in.ID] = in })

@@ -42,22 +42,36 @@ func (r records) open() (map[Ref]want, map[string]record, error) {
 			return nil, nil, fmt.Errorf("make state directory: %w", err)
 		}
 	}
-	err := each(filepath.Join(r.dir, "want"), func(w want) error {
+	err := each(filepath.Join(r.dir, "want"), func(path string, w want, err error) error {
+		if err == nil {
+			err = w.Workload.Validate()
+		}
+		if err != nil {
+			return fmt.Errorf("record %s is damaged: %w", path, err)
+		}
 		wants[w.Workload.Ref] = w
-		return w.Workload.Validate()
+		return nil
 	})
 	if err == nil {
-		err = each(filepath.Join(r.dir, "instances"), func(i record) error {
+		err = each(filepath.Join(r.dir, "instances"), func(path string, i record, err error) error {
+			if err == nil {
+				err = i.Workload.Validate()
+			}
+			if err != nil || i.ID+".json" != filepath.Base(path) {
+				// A power cut can do this to a file that was not synced, and
+				// then no instance is running either.
+				return os.Remove(path)
+			}
 			have[i.ID] = i
-			return i.Workload.Validate()
+			return nil
 		})
 	}
 	return wants, have, err
 }
 
-// each reads every record of a directory. What a crash left of a write is
-// removed: its name begins with a dot.
-func each[T any](dir string, use func(T) error) error {
+// each reads every record of a directory; use is told what does not parse.
+// What a crash left of a write is removed: its name begins with a dot.
+func each[T any](dir string, use func(path string, v T, err error) error) error {
 	es, err := os.ReadDir(dir)
 	if err != nil {
 		return fmt.Errorf("list records: %w", err)
@@ -75,26 +89,47 @@ func each[T any](dir string, use func(T) error) error {
 			return fmt.Errorf("read record: %w", err)
 		}
 		var v T
-		if err := json.Unmarshal(b, &v); err != nil {
-			return fmt.Errorf("record %s is damaged: %w", path, err)
-		}
-		if err := use(v); err != nil {
-			return fmt.Errorf("record %s: %w", path, err)
+		err = json.Unmarshal(b, &v)
+		if err := use(path, v, err); err != nil {
+			return err
 		}
 	}
 	return nil
 }
 
-func (r records) put(kind, name string, v any) error {
+// putWant records what is wanted, durably.
+func (r records) putWant(w want) error {
 	if r.dir == "" {
 		return nil
 	}
-	b, err := json.Marshal(v)
+	b, err := json.Marshal(w)
 	if err != nil {
 		return fmt.Errorf("encode record: %w", err)
 	}
-	if err := atomicfile.Write(filepath.Join(r.dir, kind, name+".json"), b, 0o600); err != nil {
-		return fmt.Errorf("record %s: %w", name, err)
+	if err := atomicfile.Write(filepath.Join(r.dir, "want", w.Workload.file()+".json"), b, 0o600); err != nil {
+		return fmt.Errorf("record %s: %w", w.Workload.Ref, err)
+	}
+	return nil
+}
+
+// putInstance records an instance. It must survive us, not the machine, on
+// which no instance would run any more, so it is not synced: that can take
+// longer than all the rest of a start.
+func (r records) putInstance(i record) error {
+	if r.dir == "" {
+		return nil
+	}
+	b, err := json.Marshal(i)
+	if err != nil {
+		return fmt.Errorf("encode record: %w", err)
+	}
+	path := filepath.Join(r.dir, "instances", i.ID+".json")
+	tmp := filepath.Join(r.dir, "instances", "."+i.ID)
+	if err := os.WriteFile(tmp, b, 0o600); err != nil {
+		return errors.Join(fmt.Errorf("record instance: %w", err), os.Remove(tmp))
+	}
+	if err := os.Rename(tmp, path); err != nil {
+		return fmt.Errorf("record instance: %w", err)
 	}
 	return nil
 }

@@ -91,7 +91,6 @@ func (l *logger) finish() {
 	t.Stop()
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	_ = l.f.Sync()
 	_ = l.f.Close()
 }
 
@@ -144,6 +143,7 @@ func (l *logger) write(b []byte) {
 	if l.size > 0 && l.size+int64(len(b)) > logBytes {
 		l.rotate()
 	}
+	n := int64(len(b))
 	if l.lost > 0 {
 		note := time.Now().UTC().AppendFormat(nil, stamp)
 		note = fmt.Appendf(note, " e m3o: %d bytes of log lost, they could not be written\n", l.lost)
@@ -152,7 +152,7 @@ func (l *logger) write(b []byte) {
 	if _, err := l.f.Write(b); err != nil {
 		// No half line for the next one to be glued to.
 		_ = l.f.Truncate(l.size)
-		l.lost += int64(len(b))
+		l.lost += n
 		return
 	}
 	l.size += int64(len(b))

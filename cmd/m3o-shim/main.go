@@ -259,7 +259,8 @@ func remove(o options) error {
 }
 
 // A status is the file exit.json to be. Its blocks are allocated while there
-// is room, so that a full disk cannot swallow an exit status.
+// is room, so that a full disk cannot swallow an exit status. It is not synced:
+// no container outlives what would lose it.
 type status struct {
 	bundle string
 	f      *os.File
@@ -281,9 +282,6 @@ func reserveStatus(bundle string) (*status, error) {
 func (s *status) write(e exit) error {
 	b := fmt.Appendf(nil, `{"code":%d,"signal":%d,"oom":%t,"at":%q}`, e.code, e.signal, e.oom, e.at.UTC().Format(time.RFC3339Nano))
 	if _, err := s.f.WriteAt(b, 0); err != nil {
-		return fmt.Errorf("write exit status: %w", err)
-	}
-	if err := s.f.Sync(); err != nil {
 		return fmt.Errorf("write exit status: %w", err)
 	}
 	if err := os.Rename(s.f.Name(), filepath.Join(s.bundle, "exit.json")); err != nil {

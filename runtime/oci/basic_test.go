@@ -26,6 +26,6 @@ func TestDriver(t *testing.T) {
 				d, end = r.serve(t)
 				return d
 			},
-			Leftovers: r.leftovers}
+			Leftovers: func(t *testing.T) []string { return r.leftovers(t) }}
 	})
 }

@@ -347,6 +347,9 @@ func (d *Driver) Shutdown(ctx context.Context) error {
 	return errors.Join(d.net.teardown(), d.cgroups.removeAll())
 }
 
+// Gateway is this host's address as instances reach it, for name service alone.
+func (d *Driver) Gateway() netip.Addr { return d.net.gateway }
+
 // Prune removes the unpacked layers of every image but those of keep (manifest
 // digests), those in use and those that should be.
 func (d *Driver) Prune(_ context.Context, keep []string) error {

@@ -19,6 +19,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 
 	"github.com/m3o/m3o"
@@ -48,7 +49,8 @@ func (d *Driver) Exec(ctx context.Context, instance string, c runtime.Cmd) (int,
 		return -1, fmt.Errorf("exec: %w", err)
 	}
 	defer os.RemoveAll(dir) //nolint:errcheck // goes with the bundle at the latest
-	if err := d.writeProcess(dir, instance, w, c); err != nil {
+	size := firstSize(ctx, c)
+	if err := d.writeProcess(dir, instance, w, c, size); err != nil {
 		return -1, err
 	}
 	pidFile := filepath.Join(dir, "pid")
@@ -65,7 +67,7 @@ func (d *Driver) Exec(ctx context.Context, instance string, c runtime.Cmd) (int,
 	}
 	finish := func() {}
 	if c.Resize != nil {
-		if finish, err = connectTerminal(cmd, c); err != nil {
+		if finish, err = connectTerminal(cmd, c, size); err != nil {
 			return -1, err
 		}
 	} else {
@@ -94,7 +96,7 @@ func (d *Driver) Exec(ctx context.Context, instance string, c runtime.Cmd) (int,
 	return 0, nil
 }
 
-func (d *Driver) writeProcess(dir, instance string, w runtime.Workload, c runtime.Cmd) error {
+func (d *Driver) writeProcess(dir, instance string, w runtime.Workload, c runtime.Cmd, size [2]uint16) error {
 	im, err := runtime.ReadImage(d.cfg.Images, w.Image)
 	if err != nil && m3o.KindOf(err) != m3o.NotFound { // its blobs may be pruned while it runs
 		return err
@@ -104,7 +106,9 @@ func (d *Driver) writeProcess(dir, instance string, w runtime.Workload, c runtim
 		return err
 	}
 	p := bundle{id: instance, w: w, image: im, uid: uid}.process(c.Args, c.Env)
-	p.Terminal = c.Resize != nil
+	if c.Resize != nil {
+		p.Terminal, p.ConsoleSize = true, consoleSize(size)
+	}
 	b, err := json.Marshal(p)
 	if err != nil {
 		return fmt.Errorf("encode process: %w", err)
@@ -134,13 +138,14 @@ func feed(r io.Reader) (*os.File, error) {
 
 // connectTerminal gives cmd a terminal whose other end c is connected to.
 // finish, called when cmd has ended, waits for the last output.
-func connectTerminal(cmd *exec.Cmd, c runtime.Cmd) (finish func(), err error) {
+func connectTerminal(cmd *exec.Cmd, c runtime.Cmd, size [2]uint16) (finish func(), err error) {
 	master, slave, err := openTerminal()
 	if err != nil {
 		return nil, err
 	}
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = slave, slave, slave
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true, Setctty: true}
+	resize(master, size)
 	done := attach(master, c)
 	return func() {
 		_ = slave.Close()
@@ -183,24 +188,37 @@ func control(file *os.File, f func(fd int) error) error {
 	return ferr
 }
 
+// sizeWait is how long the first size is waited for.
+const sizeWait = time.Second
+
+// firstSize is the size a command's terminal begins with: it could ask for it
+// before a change of size reaches it.
+func firstSize(ctx context.Context, c runtime.Cmd) (size [2]uint16) {
+	if c.Resize == nil {
+		return size
+	}
+	select {
+	case size = <-c.Resize:
+	case <-ctx.Done():
+	case <-time.After(sizeWait):
+	}
+	return size
+}
+
+func consoleSize(s [2]uint16) *specs.Box { return &specs.Box{Width: uint(s[0]), Height: uint(s[1])} }
+
+func resize(terminal *os.File, s [2]uint16) {
+	_ = control(terminal, func(fd int) error {
+		return unix.IoctlSetWinsize(fd, unix.TIOCSWINSZ, &unix.Winsize{Col: s[0], Row: s[1]})
+	})
+}
+
 // attach connects c to a terminal's master. The function it returns waits for
 // the last output, which has ended when the last process left the terminal,
 // and closes it.
 func attach(master *os.File, c runtime.Cmd) (finish func()) {
 	var all sync.WaitGroup
 	end := make(chan struct{})
-	size := func(s [2]uint16) {
-		_ = control(master, func(fd int) error {
-			return unix.IoctlSetWinsize(fd, unix.TIOCSWINSZ, &unix.Winsize{Col: s[0], Row: s[1]})
-		})
-	}
-	select { // the command should find its size
-	case s, ok := <-c.Resize:
-		if ok {
-			size(s)
-		}
-	default:
-	}
 	all.Go(func() {
 		for {
 			select {
@@ -208,7 +226,7 @@ func attach(master *os.File, c runtime.Cmd) (finish func()) {
 				if !ok {
 					return
 				}
-				size(s)
+				resize(master, s)
 			case <-end:
 				return
 			}
@@ -247,7 +265,7 @@ func (d *Driver) Run(ctx context.Context, w runtime.Workload, c runtime.Cmd) (ex
 		return -1, err
 	}
 	id := runtime.NewID(runtime.Ref{App: w.App, Process: "run", Release: w.Release})
-	l := launch{env: c.Env}
+	l := launch{env: c.Env, size: firstSize(ctx, c)}
 	var ends oneOff
 	if c.Resize != nil {
 		l.console, err = ends.listen(filepath.Join(d.cfg.Run, ".tty-"+rand.Text()))

@@ -63,9 +63,9 @@ func (c *containers) Launch(ctx context.Context, id string, w runtime.Workload) 
 type launch struct {
 	log     string      // where the output goes, or
 	stdio   [3]*os.File // what it is connected to, or
-	console string      // the socket its terminal is sent to
-	args    []string    // nil: the workload's
-	env     []string
+	console string      // the socket its terminal, of that size, is sent to
+	size    [2]uint16
+	env     []string // beyond the workload's
 }
 
 // createTime bounds the making of a container, which takes some 50 ms.
@@ -115,8 +115,8 @@ func (d *Driver) launch(ctx context.Context, id string, w runtime.Workload, l la
 		d.addresses.free(ip)
 		return nil, fmt.Errorf("write bundle: %w", err)
 	}
-	b := bundle{dir: dir, id: id, w: w, image: im, args: firstOf(l.args, w.Args, im.Args), env: l.env, uid: uid,
-		addr: ip, gateway: d.net.gateway, cgroup: d.cgroups.path(id), swap: d.swap, terminal: l.console != ""}
+	b := bundle{dir: dir, id: id, w: w, image: im, args: firstOf(w.Args, im.Args), env: l.env, uid: uid,
+		addr: ip, gateway: d.net.gateway, cgroup: d.cgroups.path(id), swap: d.swap, terminal: l.console != "", size: l.size}
 	if err := b.write(); err != nil {
 		return nil, err
 	}
@@ -225,17 +225,21 @@ func (d *Driver) spawn(ctx context.Context, id, lower string, l launch) (shim, p
 // GOMEMLIMIT, meant for the daemon, make runc several times slower.
 var cleanEnv = []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
 
-// reap takes the exit status of a shim that has been killed, if it is our
-// child: it would stay a zombie.
+// reap takes the exit status of a shim that has ended, or is about to, if it
+// is our child: it would stay a zombie.
 func reap(pid int) {
 	for range 100 {
-		if pid <= 1 {
-			return
-		}
 		if got, err := unix.Wait4(pid, nil, unix.WNOHANG, nil); got == pid || err != nil && !errors.Is(err, unix.EINTR) {
 			return
 		}
-		time.Sleep(time.Millisecond) // it is about to end
+		time.Sleep(time.Millisecond)
+	}
+}
+
+// reapEnded does so for the shim of a bundle whose lock is free.
+func (d *Driver) reapEnded(id string) {
+	if pid, err := readPid(filepath.Join(d.bundle(id), "shim.pid")); err == nil {
+		reap(pid)
 	}
 }
 
@@ -310,15 +314,16 @@ func (d *Driver) clear(ctx context.Context, id string) error {
 func (d *Driver) killShim(ctx context.Context, id string) error {
 	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
 	defer cancel()
-	killed := 0
 	for wait := time.Millisecond; ; wait = min(2*wait, 100*time.Millisecond) {
 		held, err := d.held(id)
-		if err != nil || !held {
-			reap(killed)
+		if err != nil {
 			return err
 		}
+		if !held {
+			d.reapEnded(id)
+			return nil
+		}
 		if pid, err := readPid(filepath.Join(d.bundle(id), "shim.pid")); err == nil {
-			killed = pid
 			_ = unix.Kill(pid, unix.SIGKILL)
 		}
 		select {
@@ -367,6 +372,7 @@ func (c *containers) Attach(_ context.Context, id string, w runtime.Workload) (r
 		return nil, err
 	}
 	if !held {
+		d.reapEnded(id)
 		if e, err := readExit(d.bundle(id)); err == nil {
 			return endedHandle(d, id, w, e), nil
 		}

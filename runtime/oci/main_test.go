@@ -14,6 +14,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -30,6 +31,8 @@ func TestMain(m *testing.M) {
 	switch {
 	case os.Getenv("M3O_OCI_DAEMON") != "":
 		daemon()
+	case os.Getenv("M3O_OCI_INTERNET") != "":
+		theInternet()
 	case os.Geteuid() == 0 && os.Getenv("M3O_OCI_NETNS") == "":
 		cmd := exec.Command("/proc/self/exe", os.Args[1:]...)
 		cmd.Args[0] = os.Args[0]
@@ -45,7 +48,14 @@ func TestMain(m *testing.M) {
 		}
 		os.Exit(0)
 	}
-	os.Exit(m.Run())
+	var err error
+	if scratch, err = os.MkdirTemp("", "m3o-oci-test-"); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
+	code := m.Run()
+	_ = os.RemoveAll(scratch)
+	os.Exit(code)
 }
 
 // A rig is one driver's Config and what its tests need.
@@ -54,22 +64,24 @@ type rig struct {
 	image string
 }
 
-var shims = func() func(t testing.TB) string {
-	var path string
-	return func(t testing.TB) string {
-		if path == "" {
-			path = runtimetest.Build(t, "github.com/m3o/m3o/cmd/m3o-shim")
-			keep := filepath.Join(os.TempDir(), fmt.Sprintf("m3o-shim-%d", os.Getpid()))
-			if err := os.Rename(path, keep); err != nil {
-				t.Fatal(err)
-			}
-			path = keep
+// shim builds m3o-shim once, into a directory that TestMain removes.
+func shim(t testing.TB) string {
+	t.Helper()
+	build.Do(func() {
+		built = filepath.Join(scratch, "m3o-shim")
+		if err := os.Rename(runtimetest.Build(t, "github.com/m3o/m3o/cmd/m3o-shim"), built); err != nil {
+			t.Fatal(err)
 		}
-		return path
-	}
-}()
+	})
+	return built
+}
 
-func newRig(t *testing.T) rig {
+var (
+	build          sync.Once
+	scratch, built string
+)
+
+func newRig(t testing.TB) rig {
 	t.Helper()
 	need.Root(t)
 	dir := t.TempDir()
@@ -84,7 +96,7 @@ func newRig(t *testing.T) rig {
 	images := filepath.Join(dir, "images")
 	r := rig{image: runtimetest.ServerImage(t, images), cfg: oci.Config{
 		Name: "m3otest", Dir: filepath.Join(dir, "state"), Run: runDir, Images: images,
-		Runc: need.Bin(t, "runc"), Shim: shims(t), Subnet: netip.MustParsePrefix("198.18.0.0/16"),
+		Runc: need.Bin(t, "runc"), Shim: shim(t), Subnet: netip.MustParsePrefix("198.18.0.0/16"),
 		Upstreams: []string{}, Log: testLog(t),
 	}}
 	return r
@@ -98,7 +110,7 @@ func testLog(t testing.TB) *slog.Logger {
 }
 
 // serve opens the driver and serves it until the function it returns is called.
-func (r rig) serve(t *testing.T) (d *oci.Driver, end func()) {
+func (r rig) serve(t testing.TB) (d *oci.Driver, end func()) {
 	t.Helper()
 	d, err := oci.Open(t.Context(), r.cfg)
 	if err != nil {
@@ -123,7 +135,7 @@ func (r rig) serve(t *testing.T) (d *oci.Driver, end func()) {
 
 func mustPrefix(s string) netip.Prefix { return netip.MustParsePrefix(s) }
 
-func shutdown(t *testing.T, d *oci.Driver) {
+func shutdown(t testing.TB, d *oci.Driver) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
 	defer cancel()
@@ -134,7 +146,7 @@ func shutdown(t *testing.T, d *oci.Driver) {
 
 // leftovers lists what is on the machine of this rig's instances: bundles,
 // records, runc's state, mounts, cgroups, devices and processes.
-func (r rig) leftovers(t *testing.T) []string {
+func (r rig) leftovers(t testing.TB) []string {
 	t.Helper()
 	var left []string
 	for _, dir := range []string{"bundles", "instances"} {
@@ -170,7 +182,7 @@ func (r rig) leftovers(t *testing.T) []string {
 	return append(left, r.processes(t)...)
 }
 
-func list(t *testing.T, dir string) []string {
+func list(t testing.TB, dir string) []string {
 	t.Helper()
 	es, err := os.ReadDir(dir)
 	if err != nil && !errors.Is(err, os.ErrNotExist) {
@@ -184,7 +196,7 @@ func list(t *testing.T, dir string) []string {
 }
 
 // processes are the shims, runcs and apps of this rig.
-func (r rig) processes(t *testing.T) []string {
+func (r rig) processes(t testing.TB) []string {
 	t.Helper()
 	var out []string
 	for _, p := range list(t, "/proc") {

@@ -32,6 +32,7 @@ type bundle struct {
 	cgroup   string
 	swap     bool // the machine can limit swap
 	terminal bool
+	size     [2]uint16 // of the terminal
 }
 
 // The sizes of the writable places of an instance; they count as its memory.
@@ -102,7 +103,9 @@ func (b bundle) spec() (*specs.Spec, error) {
 		},
 	}
 	s.Process.Rlimits = []specs.POSIXRlimit{{Type: "RLIMIT_NOFILE", Hard: files, Soft: files}, {Type: "RLIMIT_CORE"}}
-	s.Process.Terminal = b.terminal
+	if b.terminal {
+		s.Process.Terminal, s.Process.ConsoleSize = true, consoleSize(b.size)
+	}
 	for _, name := range []string{"resolv.conf", "hosts", "hostname"} {
 		s.Mounts = append(s.Mounts, specs.Mount{Destination: "/etc/" + name, Type: "bind", Source: filepath.Join(b.dir, name),
 			Options: []string{"bind", "ro", "nosuid", "nodev", "noexec"}})
