@@ -12,7 +12,6 @@ import (
 	"net/http"
 	"net/netip"
 	"os"
-	"path/filepath"
 	"strconv"
 	"sync"
 	"time"
@@ -170,7 +169,8 @@ func (d *Daemon) Run(ctx context.Context, ready func(Ready)) error {
 		if err := d.recover(ctx); err != nil {
 			return err
 		}
-		go d.announce(ctx, ready) // ends with ctx
+		apps := d.settle(ctx)
+		go d.announce(ctx, apps, ready) // ends with ctx
 		return d.git.Run(ctx)
 	})
 	err = s.Run(ctx)
@@ -191,28 +191,40 @@ type Ready struct {
 	Apps          int        // apps with a live release
 }
 
-// announce calls ready when the live apps answer and the builder takes
-// builds, or at the latest after a while: an app that is broken must not keep
-// the daemon from saying that it serves.
-func (d *Daemon) announce(ctx context.Context, ready func(Ready)) {
-	wctx, cancel := context.WithTimeout(ctx, 20*time.Second)
+// settle waits until every live app answers, a broken one not for long, and
+// lets the router have the table.
+func (d *Daemon) settle(ctx context.Context) int {
+	wctx, cancel := context.WithTimeout(ctx, settleTime)
 	defer cancel()
 	n := d.awaitLive(wctx)
+	d.routes.open()
+	return n
+}
+
+// settleTime bounds how long a broken app can keep a starting daemon from
+// serving the others.
+const settleTime = 10 * time.Second
+
+// announce calls ready when the builder takes builds, or after a while all the same.
+func (d *Daemon) announce(ctx context.Context, apps int, ready func(Ready)) {
+	wctx, cancel := context.WithTimeout(ctx, 20*time.Second)
+	defer cancel()
 	if err := d.builder.Ready(wctx); err != nil && ctx.Err() == nil {
 		d.log.Error("builder is not ready", "err", err)
 	}
-	if ctx.Err() != nil {
-		return
+	if ctx.Err() == nil {
+		ready(Ready{API: d.apiURL(), Git: d.gitAddr(), Code: d.firstCode, CAFingerprint: d.caFingerprint(), Apps: apps})
 	}
-	ready(Ready{API: d.apiURL(), Git: d.gitAddr(), Code: d.firstCode, CAFingerprint: d.caFingerprint(), Apps: n})
 }
 
-// awaitLive waits until every live release has a ready instance, and counts them.
+// awaitLive waits until the live release of every app has a ready instance,
+// and counts the apps.
 func (d *Daemon) awaitLive(ctx context.Context) int {
 	apps, err := d.ledger.Apps(ctx)
 	if err != nil {
 		return 0
 	}
+	var wg sync.WaitGroup
 	n := 0
 	for _, a := range apps {
 		rel, err := d.ledger.Live(ctx, a.Name)
@@ -221,9 +233,16 @@ func (d *Daemon) awaitLive(ctx context.Context) int {
 		}
 		n++
 		if p, ok := rel.Processes[webProcess]; ok && replicas(p) > 0 {
-			_, _ = runtime.WaitReady(ctx, d.driver, ref(rel, webProcess), 1, nil)
+			wg.Go(func() {
+				ins, err := runtime.WaitReady(ctx, d.driver, ref(rel, webProcess), 1, nil)
+				if err != nil {
+					d.log.Error("app is not ready", "app", rel.App, "release", rel.Version, "err", err)
+				}
+				d.routes.know(ins)
+			})
 		}
 	}
+	wg.Wait()
 	return n
 }
 
@@ -261,8 +280,6 @@ func (d *Daemon) gitAddr() string {
 }
 
 func (d *Daemon) gitURL(app string) string { return "ssh://m3o@" + d.gitAddr() + "/" + app }
-
-func (d *Daemon) repo(app string) string { return filepath.Join(d.cfg.path("repos"), app+".git") }
 
 // httpsPortNumber is the port of the published URLs.
 func (d *Daemon) httpsPortNumber() int {

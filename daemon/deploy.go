@@ -42,10 +42,10 @@ func (p pushes) Deploy(ctx context.Context, src m3o.Source, w io.Writer) (gitser
 	}
 	live, err := d.push(ctx, turn, src, w, began)
 	if err != nil {
-		turn.leave()
 		if cause := context.Cause(ctx); cause != nil {
 			err = cancelled(cause)
 		}
+		turn.leave()
 		return nil, err
 	}
 	return live, nil
@@ -82,7 +82,7 @@ func (d *Daemon) push(ctx context.Context, turn *turn, src m3o.Source, w io.Writ
 	if err != nil {
 		return nil, err
 	}
-	dep, err := d.ledger.BeginDeploy(ctx, release.Deploy{App: src.App, Source: src, Reason: src.Via, User: src.User, Build: bld.Number})
+	dep, err := d.begin(ctx, release.Deploy{App: src.App, Source: src, Reason: src.Via, User: src.User, Build: bld.Number})
 	if err != nil {
 		return nil, d.endBuild(ctx, bld, err)
 	}
@@ -149,7 +149,7 @@ func (d *Daemon) build(ctx context.Context, src m3o.Source, tree *source.Tree, w
 		return nil, build.Result{}, err
 	}
 	res, err := d.builder.Build(ctx, build.Request{App: src.App, Plan: plan, Tree: tree, Out: w, Commit: src.Commit,
-		NoCache: slices.Contains(src.Options, "force-rebuild") && slices.Contains(src.Options, "no-cache")})
+		NoCache: slices.Contains(src.Options, "force-rebuild")})
 	if err != nil {
 		if cause := context.Cause(ctx); cause != nil {
 			err = cause
@@ -208,6 +208,15 @@ func (l *deployment) Done(ctx context.Context, moved bool, w io.Writer) error {
 	}
 	l.d.retire(l.rel.App, l.previous)
 	return nil
+}
+
+// begin persists a new deploy as queued.
+func (d *Daemon) begin(ctx context.Context, dep release.Deploy) (release.Deploy, error) {
+	dep, err := d.ledger.BeginDeploy(ctx, dep)
+	if err == nil && d.onStep != nil {
+		d.onStep(dep.App, dep.Status)
+	}
+	return dep, err
 }
 
 // advance persists a deploy's next step before that step is done.

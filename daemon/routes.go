@@ -38,6 +38,7 @@ type routes struct {
 	live      map[string]int
 	instances map[string]m3o.Instance
 	traits    map[appVersion]traits
+	held      bool          // nothing is sent yet: too little is known
 	gen       uint64        // counts changes
 	applied   uint64        // the newest gen the router has
 	changed   chan struct{} // closed and replaced when applied moves
@@ -48,7 +49,7 @@ type routes struct {
 func newRoutes(domain, api string, put func(context.Context, router.Table) error, log *slog.Logger) *routes {
 	return &routes{domain: domain, api: api, put: put, log: log,
 		live: map[string]int{}, instances: map[string]m3o.Instance{}, traits: map[appVersion]traits{},
-		changed: make(chan struct{}), wake: make(chan struct{}, 1)}
+		held: true, changed: make(chan struct{}), wake: make(chan struct{}, 1)}
 }
 
 // touch notes a change and wakes the loop. The caller holds mu.
@@ -65,6 +66,16 @@ func (r *routes) touch() uint64 {
 func (r *routes) refresh() {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	r.touch()
+}
+
+// open lets the first table out. Until then the router serves its last good
+// one: a daemon that has just started knows the apps before it knows which
+// instances are ready.
+func (r *routes) open() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.held = false
 	r.touch()
 }
 
@@ -125,6 +136,16 @@ func (r *routes) merge(in m3o.Instance) bool {
 	return !known || old.Phase != in.Phase || old.Addr != in.Addr
 }
 
+// know takes in instances that the driver's events may not have told of yet.
+func (r *routes) know(ins []m3o.Instance) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for _, in := range ins {
+		r.merge(in)
+	}
+	r.touch()
+}
+
 // forget drops what is known of a release that is gone.
 func (r *routes) forget(app string, version int) {
 	r.mu.Lock()
@@ -135,11 +156,15 @@ func (r *routes) forget(app string, version int) {
 	delete(r.traits, appVersion{app, version})
 }
 
-// table is the table that should be served now, and its generation.
-func (r *routes) table() (router.Table, uint64) {
+// table is the table that should be served now, and its generation; ok is
+// false while it is held back.
+func (r *routes) table() (t router.Table, gen uint64, ok bool) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	t := router.Table{Domain: r.domain, Hosts: []router.Host{{
+	if r.held {
+		return t, 0, false
+	}
+	t = router.Table{Domain: r.domain, Hosts: []router.Host{{
 		Name: "api." + r.domain, Kind: "api", App: "api", Endpoints: []string{r.api}, Protocol: "h2c"}}}
 	byApp := map[appVersion][]string{}
 	for _, in := range r.instances {
@@ -157,7 +182,7 @@ func (r *routes) table() (router.Table, uint64) {
 			Endpoints: eps, Protocol: cmp.Or(tr.Protocol, "http1"), Descriptors: tr.Descriptors})
 	}
 	slices.SortFunc(t.Hosts, func(a, b router.Host) int { return cmp.Compare(a.Name, b.Name) })
-	return t, r.gen
+	return t, r.gen, true
 }
 
 // list gives the known instances of an app, "" for all, by process and id.
@@ -186,7 +211,10 @@ func (r *routes) run(ctx context.Context) error {
 			return nil
 		case <-r.wake:
 		}
-		t, gen := r.table()
+		t, gen, ok := r.table()
+		if !ok {
+			continue // open wakes us
+		}
 		pctx, cancel := context.WithTimeout(ctx, 10*time.Second)
 		err := r.put(pctx, t)
 		cancel()

@@ -61,6 +61,9 @@ func TestMain(m *testing.M) {
 	os.Exit(code)
 }
 
+// boxName tells the shared installation's devices, cgroups and firewall from others' on this host.
+const boxName = "m3oe2e"
+
 // A box is one installation of m3o with its own state and ports, used the way
 // a person does: by its commands, git and HTTP.
 type box struct {
@@ -154,7 +157,7 @@ func newBox(bin string) (*box, error) {
 	b.api = "https://api.localhost:" + port
 	b.env = []string{asDaemon + "=1", "PATH=" + os.Getenv("PATH"), "HOME=" + dir,
 		"M3O_DATA=" + b.data, "M3O_BIN=" + bin, "M3O_HTTP=" + b.http, "M3O_HTTPS=" + b.https, "M3O_SSH=" + b.ssh,
-		"M3O_NAME=m3oe2e", "M3O_SUBNET=198.18.128.0/18", "M3O_LOG_LEVEL=debug", "M3O_DRAIN=10s"}
+		"M3O_NAME=" + boxName, "M3O_SUBNET=198.18.128.0/18", "M3O_LOG_LEVEL=debug", "M3O_DRAIN=10s"}
 	for _, k := range []string{"GOPROXY", "GOSUMDB", "GONOSUMDB", "GOPRIVATE", "GOFLAGS", "SSL_CERT_FILE", "SSL_CERT_DIR"} {
 		if v, err := exec.Command("go", "env", k).Output(); err == nil && len(bytes.TrimSpace(v)) > 0 && strings.HasPrefix(k, "GO") && k != "GOFLAGS" {
 			b.env = append(b.env, k+"="+strings.TrimSpace(string(v)))
@@ -309,11 +312,6 @@ type person struct {
 	key  string
 }
 
-var (
-	adminOnce sync.Once
-	adminErr  error
-)
-
 func (b *box) newPerson(name string) (*person, error) {
 	p := &person{b: b, name: name, home: filepath.Join(b.dir, "home-"+name)}
 	p.key = filepath.Join(p.home, ".ssh", "id_ed25519")
@@ -437,21 +435,6 @@ func (p *person) commit(t *testing.T, dir, msg string) string {
 	p.must(t, dir, "git", "add", "-A")
 	p.must(t, dir, "git", "commit", "-q", "--allow-empty", "-m", msg)
 	return strings.TrimSpace(p.must(t, dir, "git", "rev-parse", "HEAD"))
-}
-
-// edit replaces old by new in a file of a repository.
-func edit(t *testing.T, file, old, new string) {
-	t.Helper()
-	b, err := os.ReadFile(file)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if !bytes.Contains(b, []byte(old)) {
-		t.Fatalf("%s does not contain %q", file, old)
-	}
-	if err := os.WriteFile(file, bytes.ReplaceAll(b, []byte(old), []byte(new)), 0o644); err != nil {
-		t.Fatal(err)
-	}
 }
 
 // push pushes and returns what the pusher read.

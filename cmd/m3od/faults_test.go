@@ -65,6 +65,18 @@ func TestKilledDaemonFinishesOrFailsTheDeploy(t *testing.T) {
 	b := theBox(t)
 	p := b.user(t, "kim")
 	dir := p.clone(t, "hello-http", "phoenix")
+	// With a release command, so that there is a step "releasing".
+	for name, text := range map[string]string{
+		"Procfile":            "web: hello-http\nrelease: migrate\n",
+		"cmd/migrate/main.go": "package main\n\nfunc main() { println(\"migrated\") }\n",
+	} {
+		if err := os.MkdirAll(filepath.Dir(filepath.Join(dir, name)), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
 	setVersion(t, p, dir, "alive")
 	if out, err := p.push(dir); err != nil {
 		t.Fatalf("push: %v\n%s", err, out)
@@ -84,7 +96,8 @@ func TestKilledDaemonFinishesOrFailsTheDeploy(t *testing.T) {
 			setVersion(t, p, dir, next)
 			out, err := p.push(dir)
 			if err == nil && step != "live" {
-				t.Errorf("the push succeeded although the daemon died:\n%s", out)
+				b.kill()
+				t.Errorf("the push succeeded, so the daemon did not die:\n%s", out)
 			}
 			<-b.done
 			if err := b.start(); err != nil {
@@ -126,34 +139,49 @@ func remoteTip(t *testing.T, p *person, dir string) string {
 }
 
 // checkNothingExtra compares what runs for an app with what should: n
-// instances, each with one shim, one container, one veth, one mount.
+// instances, each with one shim, one veth pair and its cgroups, and no mount
+// outside the instances' own namespaces.
 func (b *box) checkNothingExtra(t *testing.T, app string, n int) {
 	t.Helper()
-	var got string
-	eventually(t, fmt.Sprintf("exactly %d instances of %s", n, app), func() bool {
-		shims, mounts := 0, 0
-		out, _ := exec.Command("ps", "-eo", "args").Output()
-		for l := range strings.Lines(string(out)) {
-			if strings.Contains(l, "m3o-shim") && strings.Contains(l, b.data) && strings.Contains(l, app) {
-				shims++
+	what := func() string {
+		shims := b.pids("m3o-shim", "-id "+app+"-")
+		all := b.pids("m3o-shim")
+		links, _ := filepath.Glob("/sys/class/net/" + boxName + "-*")
+		var groups []string
+		for _, dir := range []string{"/sys/fs/cgroup/memory/", "/sys/fs/cgroup/"} {
+			g, _ := filepath.Glob(dir + boxName + "/" + app + "-*")
+			for _, p := range g {
+				if !strings.HasSuffix(p, ".shim") {
+					groups = append(groups, p)
+				}
 			}
 		}
+		mounts := 0
 		m, _ := os.ReadFile("/proc/mounts")
 		for l := range strings.Lines(string(m)) {
-			if strings.HasPrefix(l, "overlay "+b.data) && strings.Contains(l, app) {
+			if strings.Contains(l, b.data+"/runtime") {
 				mounts++
 			}
 		}
-		got = fmt.Sprintf("%d shims, %d mounts", shims, mounts)
-		return shims == n && mounts == n
-	})
+		return fmt.Sprintf("%d instances, %d cgroups, %d devices for %d instances of all apps, %d mounts", len(shims), len(groups), len(links), len(all), mounts)
+	}
+	var got, want string
+	ok := false
+	for deadline := time.Now().Add(30 * time.Second); !ok && time.Now().Before(deadline); <-time.After(50 * time.Millisecond) {
+		got = what()
+		all := len(b.pids("m3o-shim"))
+		want = fmt.Sprintf("%d instances, %d cgroups, %d devices for %d instances of all apps, %d mounts", n, n, all, all, 0)
+		ok = got == want
+	}
+	if !ok {
+		t.Errorf("of %s there are %s, want %s", app, got, want)
+	}
 	if quarantines, _ := filepath.Glob(filepath.Join(b.data, "repos", app+".git", "objects", "tmp_objdir*")); len(quarantines) > 0 {
 		t.Errorf("quarantines left: %v", quarantines)
 	}
 	if locks, _ := filepath.Glob(filepath.Join(b.data, "repos", app+".git", "refs", "heads", "*.lock")); len(locks) > 0 {
 		t.Errorf("ref locks left: %v", locks)
 	}
-	t.Log(got)
 }
 
 // A pusher who presses Ctrl-C cancels the build and leaves nothing behind.

@@ -19,7 +19,7 @@ func TestPushBuildsReleasesAndServes(t *testing.T) {
 	if err != nil {
 		t.Fatalf("push: %v\n%s\n%s", err, out, b.log.tail(3000))
 	}
-	for _, want := range []string{`remote: -----> `, `remote:        Released v1 in \d+\.\ds \(build \d+\.\ds, start \d+\.\ds\)`,
+	for _, want := range []string{`remote: -----> `, `remote:        Released v1 in [0-9.m]+s \(build [0-9.m]+s, start [0-9.m]+s\)`,
 		`remote:        https://hello\.localhost:\d+`, `remote:        Access: public`, `\[new branch\]\s+main -> main`} {
 		if !regexp.MustCompile(want).MatchString(out) {
 			t.Errorf("the push does not say %s:\n%s", want, out)

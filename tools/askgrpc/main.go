@@ -51,7 +51,7 @@ func ask(ca, addr, host, method, name string) error {
 	if err != nil {
 		return err
 	}
-	defer conn.Close()
+	defer conn.Close() //nolint:errcheck // the answer has been read
 	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
 	defer cancel()
 	req := protowire.AppendString(protowire.AppendTag(nil, 1, protowire.BytesType), name)
