@@ -26,6 +26,7 @@ import (
 	"github.com/containerd/containerd/v2/plugins/content/local"
 	"github.com/m3o/m3o"
 	"github.com/moby/buildkit/client"
+	"github.com/opencontainers/go-digest"
 	"golang.org/x/sync/semaphore"
 	"golang.org/x/sys/unix"
 )
@@ -158,8 +159,10 @@ type Builder struct {
 	client     *client.Client
 	base       baseLayers
 
-	exports sync.RWMutex // read: an image is being written; write: images are being removed
-	index   sync.Mutex   // guards index.json
+	// store guards index.json, pins, and the step from "the blob is there" to
+	// "it is pinned or in the index": Prune holds it while it removes.
+	store sync.Mutex
+	pins  map[digest.Digest]int // blobs of images being written
 
 	mu      sync.Mutex    // guards the rest
 	gen     int           // counts the buildkitds that have answered and those that ended
@@ -176,7 +179,7 @@ func Open(ctx context.Context, cfg Config) (*Builder, error) {
 	if err != nil {
 		return nil, err
 	}
-	b := &Builder{cfg: cfg, log: cfg.Log, builds: semaphore.NewWeighted(int64(cfg.Concurrency)), changed: make(chan struct{})}
+	b := &Builder{cfg: cfg, log: cfg.Log, builds: semaphore.NewWeighted(int64(cfg.Concurrency)), changed: make(chan struct{}), pins: map[digest.Digest]int{}}
 	for _, d := range []string{b.dir("buildkit"), b.dir("toolchains"), b.Images()} {
 		if err := os.MkdirAll(d, 0o755); err != nil {
 			return nil, fmt.Errorf("open builder: %w", err)

@@ -209,6 +209,7 @@ func (b *Builder) once(ctx context.Context) error {
 			return err
 		}
 	}
+	b.log.Info("buildkitd answers", "pid", cmd.Process.Pid)
 	b.state(true, nil)
 	select {
 	case err := <-ended:

@@ -32,9 +32,9 @@ const cgroupRoot = "/sys/fs/cgroup"
 // bounded by the others.
 var weights = map[string]string{
 	// cgroup v1: cpu.shares 1024 is the default, blkio weight 500 and 100.
-	"cpu.shares": "256", "blkio.weight": "100", "blkio.bfq.weight": "25",
+	"cpu.shares": "512", "blkio.weight": "100", "blkio.bfq.weight": "25",
 	// cgroup v2: the default of both is 100.
-	"cpu.weight": "25", "io.weight": "default 25", "io.bfq.weight": "default 25",
+	"cpu.weight": "50", "io.weight": "default 25", "io.bfq.weight": "default 25",
 }
 
 // findCgroup names the group; it touches nothing.

@@ -34,6 +34,9 @@ func (b *Builder) explain(ctx context.Context, gen int, err, layer error, out *o
 	if ctx.Err() != nil {
 		return fmt.Errorf("build: %w", context.Cause(ctx))
 	}
+	if err == nil {
+		err = layer
+	}
 	said := out.said()
 	if x, ok := errors.AsType[*gatewaypb.ExitError](err); ok && !b.diedSince(gen) {
 		return explainExit(x.ExitCode, said, err)
@@ -58,7 +61,8 @@ var (
 	tooMany      = regexp.MustCompile(`: too many errors$|^too many errors$`)
 	goSays       = regexp.MustCompile(`^go: `)
 	downloading  = regexp.MustCompile(`^go: (?:downloading|finding|extracting) `)
-	fetching     = regexp.MustCompile(`dial tcp|i/o timeout|connection refused|no such host|TLS handshake|: 50[0-9] |unexpected EOF|temporary failure|server misbehaving`)
+	fetching     = regexp.MustCompile(`(?:reading|Get|Post) "?https?://.*(?:dial tcp|timeout|refused|no such host|TLS handshake|: 5[0-9][0-9] |EOF|server misbehaving|reset by peer)`)
+	notServed    = regexp.MustCompile(`(?:reading|Get) "?https?://.*: 4[0-9][0-9] `)
 	noFiles      = regexp.MustCompile(`build constraints exclude all Go files in (\S+)`)
 	sumMissing   = regexp.MustCompile(`missing go\.sum entry|updates to go\.(?:mod|sum) needed|inconsistent vendoring`)
 	notRequired  = regexp.MustCompile(`no required module provides package|cannot find module providing package|is not in std`)
@@ -94,6 +98,8 @@ func explainExit(code uint32, said []string, err error) error {
 		e.Hint = "a module is not what go.sum says: run go mod verify, then go mod tidy, and commit"
 	case fetching.MatchString(line):
 		e.Kind, e.Hint = m3o.Unavailable, "a module could not be fetched: push again, or check GOPROXY of the daemon"
+	case notServed.MatchString(line):
+		e.Hint = "the module proxy does not have that version: run go get for one it has, and commit go.mod and go.sum"
 	case sumMissing.MatchString(all):
 		e.Hint = "run go mod tidy and commit go.mod and go.sum"
 	case notRequired.MatchString(all):

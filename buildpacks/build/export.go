@@ -110,5 +110,5 @@ func (a *appLayer) read(ctx context.Context, r io.Reader) (v1.Descriptor, error)
 	if _, err := io.Copy(io.Discard, r); err != nil {
 		return v1.Descriptor{}, fmt.Errorf("read result: %w", err)
 	}
-	return l.commit(ctx)
+	return a.builder.pin(func() (v1.Descriptor, error) { return l.commit(ctx) })
 }

@@ -157,10 +157,40 @@ func (b *Builder) writeIndex(ms []v1.Descriptor) error {
 // The index's annotation that says when an image was built last; Prune spares young ones.
 const builtAt = "io.m3o.built"
 
-// enlist puts an image into the index, or marks it young again.
+// pin runs make, which leaves a blob in the image store, and keeps Prune from
+// removing the blob until unpin. It may have been there before and be of no
+// image any more.
+func (b *Builder) pin(make func() (v1.Descriptor, error)) (v1.Descriptor, error) {
+	b.store.Lock()
+	defer b.store.Unlock()
+	d, err := make()
+	if err == nil {
+		b.pins[d.Digest]++
+	}
+	return d, err
+}
+
+func (b *Builder) unpin(d v1.Descriptor) {
+	b.store.Lock()
+	defer b.store.Unlock()
+	if b.pins[d.Digest]--; b.pins[d.Digest] <= 0 {
+		delete(b.pins, d.Digest)
+	}
+}
+
+// finish writes config and manifest over pinned layers and the image into the index.
+func (b *Builder) finish(ctx context.Context, req Request, layers ...v1.Descriptor) (v1.Descriptor, error) {
+	b.store.Lock()
+	defer b.store.Unlock()
+	m, err := putImage(ctx, b.images, platform(), imageConfig(req), annotations(req), layers...)
+	if err != nil {
+		return m, err
+	}
+	return m, b.enlist(m, req.App)
+}
+
+// enlist puts an image into the index, or marks it young again. Called with store held.
 func (b *Builder) enlist(d v1.Descriptor, app string) error {
-	b.index.Lock()
-	defer b.index.Unlock()
 	ms, err := b.readIndex()
 	if err != nil {
 		return err
@@ -182,17 +212,15 @@ func (b *Builder) enlist(d v1.Descriptor, app string) error {
 const pruneGrace = time.Hour
 
 // Prune removes every image that is neither in keep nor built within the last
-// hour, and every blob no remaining image needs. It waits for images being
-// written, and new ones wait for it. A digest in keep that is not there is no error.
+// hour, and every blob that neither a remaining image needs nor one being
+// written. A digest in keep that is not there is no error.
 func (b *Builder) Prune(ctx context.Context, keep []string) error {
-	b.exports.Lock()
-	defer b.exports.Unlock()
 	return b.prune(ctx, keep, time.Now().Add(-pruneGrace))
 }
 
 func (b *Builder) prune(ctx context.Context, keep []string, youngAfter time.Time) error {
-	b.index.Lock()
-	defer b.index.Unlock()
+	b.store.Lock()
+	defer b.store.Unlock()
 	ms, err := b.readIndex()
 	if err != nil {
 		return err
@@ -214,6 +242,9 @@ func (b *Builder) prune(ctx context.Context, keep []string, youngAfter time.Time
 		}
 	}
 	reach := map[digest.Digest]bool{}
+	for d := range b.pins {
+		reach[d] = true
+	}
 	for d := range wanted {
 		if err := b.reach(ctx, d, reach); err != nil {
 			return err

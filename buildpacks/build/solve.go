@@ -2,6 +2,7 @@ package build
 
 import (
 	"context"
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"io"
@@ -34,7 +35,7 @@ type Request struct {
 	Plan    *buildpacks.Plan
 	Tree    Tree
 	Out     io.Writer // what the pusher sees, live; nil for nobody
-	NoCache bool      // run every step again; Go's own caches are still used
+	NoCache bool      // run the build again even if nothing changed; Go's own caches are still used
 	// Secrets are environment variables of the build. "netrc" is a file that
 	// NETRC names, for private modules. They reach no layer, log or cache key.
 	Secrets map[string]m3o.Secret
@@ -56,6 +57,9 @@ type Step struct {
 	Took   time.Duration
 	Cached bool
 }
+
+// startWait is how long a build waits for a BuildKit that is just starting.
+const startWait = time.Minute
 
 // Build runs the plan and writes the image. The same tree, plan and toolchain
 // give the same layers and image config, and with the same Commit and Labels
@@ -128,7 +132,9 @@ func (b *Builder) build(ctx context.Context, req Request, out *output) (Result, 
 	for _, n := range req.Plan.Notes {
 		out.more("%s", n)
 	}
-	gen, err := b.await(ctx)
+	wctx, cancel := context.WithTimeout(ctx, startWait)
+	gen, err := b.await(wctx)
+	cancel()
 	if err != nil {
 		return res, err
 	}
@@ -138,12 +144,11 @@ func (b *Builder) build(ctx context.Context, req Request, out *output) (Result, 
 	if err != nil {
 		return res, fmt.Errorf("make build graph: %w", err)
 	}
-	b.exports.RLock()
-	defer b.exports.RUnlock()
-	base, err := b.runtimeLayer(ctx, b.images, tc)
+	base, err := b.pin(func() (v1.Descriptor, error) { return b.runtimeLayer(ctx, b.images, tc) })
 	if err != nil {
 		return res, disk(err)
 	}
+	defer b.unpin(base)
 	app := &appLayer{builder: b, req: req}
 	var pkgs []string
 	for _, t := range req.Plan.Targets {
@@ -167,15 +172,18 @@ func (b *Builder) build(ctx context.Context, req Request, out *output) (Result, 
 	<-watched
 	out.flush()
 	layer, lerr := app.wait()
+	if lerr == nil && layer.Digest != "" {
+		defer b.unpin(layer)
+	}
 	if err != nil || lerr != nil {
 		return res, b.explain(ctx, gen, err, lerr, out)
 	}
+	if layer.Digest == "" {
+		return res, errors.New("build: BuildKit sent no result")
+	}
 	res.Steps = append(res.Steps, watch.steps()...)
 	mark = time.Now()
-	m, err := putImage(ctx, b.images, platform(), imageConfig(req), annotations(req), base, layer)
-	if err == nil {
-		err = b.enlist(m, req.App)
-	}
+	m, err := b.finish(ctx, req, base, layer)
 	if err != nil {
 		return res, disk(fmt.Errorf("write image: %w", err))
 	}
@@ -270,7 +278,8 @@ func (b *Builder) graph(req Request, root v1.Descriptor) llb.State {
 		opts = append(opts, llb.AddSecret(id, llb.SecretID(id), llb.SecretAsEnv(true)))
 	}
 	if req.NoCache {
-		opts = append(opts, llb.IgnoreCache)
+		// Not llb.IgnoreCache: that empties the cache mounts too, of all apps.
+		opts = append(opts, llb.AddEnv("M3O_REBUILD", rand.Text()))
 	}
 	run := llb.OCILayout("m3o.local/toolchain@"+root.Digest.String(), llb.OCIStore("", toolchainStore), llb.WithCustomName(stepRoot)).Run(opts...)
 	return run.AddMount("/out", llb.Scratch())

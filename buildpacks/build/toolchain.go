@@ -137,7 +137,9 @@ func (t *toolchains) get(ctx context.Context, want string, say func(format strin
 		}
 	}
 	if slices.Contains(made, version) {
-		return t.load(version)
+		if tc, err := t.load(ctx, version); err == nil {
+			return tc, nil
+		}
 	}
 	if version == t.hostVer {
 		tc, err := t.fromGoRoot(ctx)
@@ -147,6 +149,9 @@ func (t *toolchains) get(ctx context.Context, want string, say func(format strin
 		if t.proxy == nil {
 			return toolchain{}, err
 		}
+	}
+	if t.proxy == nil {
+		return toolchain{}, &m3o.Error{Kind: m3o.Unavailable, Msg: fmt.Sprintf("%s is not here any more and GOPROXY is not set", version), Hint: "set GOPROXY for the daemon"}
 	}
 	say("Fetching %s", version)
 	return t.fetch(ctx, version)
@@ -183,7 +188,8 @@ func (t *toolchains) made() []string {
 	return out
 }
 
-func (t *toolchains) load(version string) (toolchain, error) {
+// load reads a record and checks that what it names is there.
+func (t *toolchains) load(ctx context.Context, version string) (toolchain, error) {
 	var tc toolchain
 	b, err := os.ReadFile(t.record(version))
 	if err == nil {
@@ -191,6 +197,11 @@ func (t *toolchains) load(version string) (toolchain, error) {
 	}
 	if err != nil {
 		return tc, fmt.Errorf("read toolchain record: %w", err)
+	}
+	for _, d := range []v1.Descriptor{tc.Layer, tc.ZoneInfo} {
+		if _, err := t.store.Info(ctx, d.Digest); err != nil {
+			return tc, fmt.Errorf("read toolchain %s: %w", version, err)
+		}
 	}
 	return tc, nil
 }

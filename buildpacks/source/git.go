@@ -85,7 +85,7 @@ func subject(msg string) string {
 
 // stores is the quarantine, if there is one, then the repository. go-git's own
 // alternates are not used: they open the other store anew for each object.
-type stores struct{ in []*filesystem.ObjectStorage }
+type stores struct{ ordered []*filesystem.ObjectStorage }
 
 func openStores(src m3o.Source) (*stores, error) {
 	var s stores
@@ -94,7 +94,7 @@ func openStores(src m3o.Source) (*stores, error) {
 			s.close()
 			return nil, m3o.Errorf(m3o.NotFound, "no git objects at %s", objects)
 		}
-		s.in = append(s.in, &filesystem.NewStorageWithOptions(
+		s.ordered = append(s.ordered, &filesystem.NewStorageWithOptions(
 			objectsFS{osfs.New(objects, osfs.WithBoundOS())},
 			cache.NewObjectLRU(8*cache.MiByte),
 			filesystem.Options{KeepDescriptors: true}).ObjectStorage)
@@ -112,13 +112,13 @@ func objectDirs(src m3o.Source) []string {
 }
 
 func (s *stores) close() {
-	for _, o := range s.in {
+	for _, o := range s.ordered {
 		_ = o.Close()
 	}
 }
 
 func (s *stores) object(t plumbing.ObjectType, h plumbing.Hash) (plumbing.EncodedObject, error) {
-	for _, o := range s.in {
+	for _, o := range s.ordered {
 		obj, err := o.EncodedObject(t, h)
 		if err == nil || !errors.Is(err, plumbing.ErrObjectNotFound) {
 			return obj, err
@@ -128,7 +128,7 @@ func (s *stores) object(t plumbing.ObjectType, h plumbing.Hash) (plumbing.Encode
 }
 
 func (s *stores) size(h plumbing.Hash) (int64, error) {
-	for _, o := range s.in {
+	for _, o := range s.ordered {
 		n, err := o.EncodedObjectSize(h)
 		if err == nil || !errors.Is(err, plumbing.ErrObjectNotFound) {
 			return n, err

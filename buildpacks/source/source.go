@@ -312,7 +312,7 @@ func (d *dir) ReadDir(n int) ([]fs.DirEntry, error) {
 	return out, nil
 }
 
-// add counts entries and bytes against the limits while a tree is listed.
+// A quota counts entries and bytes against the limits while a tree is listed.
 type quota struct {
 	files int
 	bytes int64
