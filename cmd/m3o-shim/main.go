@@ -39,7 +39,7 @@ import (
 type options struct {
 	runc, root, bundle, id string
 	lower                  string // of the overlay that becomes bundle/rootfs
-	cgroups                string // directories to move to, colon separated
+	cgroups                string // directories to move to, colon separated, the first before anything else
 	memory                 string // the container's memory cgroup directory
 	log                    string // "": the container gets fds 5, 6 and 7 as they are
 	console                string // socket to send the terminal to
@@ -84,13 +84,11 @@ func run(o options, ready *os.File) error {
 	if err := os.WriteFile(filepath.Join(o.bundle, "shim.pid"), strconv.AppendInt(nil, int64(os.Getpid()), 10), 0o600); err != nil {
 		return fmt.Errorf("write pid: %w", err)
 	}
-	for dir := range strings.SplitSeq(o.cgroups, ":") {
-		if dir == "" {
-			continue
-		}
-		if err := os.WriteFile(filepath.Join(dir, "cgroup.procs"), []byte("0"), 0); err != nil {
-			return fmt.Errorf("join cgroup: %w", err)
-		}
+	// One group is enough to find us, and the runc we start, by; each costs
+	// milliseconds on cgroup v1, so the others can wait.
+	first, others, _ := strings.Cut(o.cgroups, ":")
+	if err := join(first); err != nil {
+		return err
 	}
 	if err := unix.Prctl(unix.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0); err != nil {
 		return fmt.Errorf("become subreaper: %w", err)
@@ -131,6 +129,11 @@ func run(o options, ready *os.File) error {
 		_ = unix.Kill(pid, unix.SIGKILL)
 	}
 	_ = ready.Close()
+	for dir := range strings.SplitSeq(others, ":") {
+		if err := join(dir); err != nil {
+			fmt.Fprintln(os.Stderr, "m3o-shim:", err) // we live on in the daemon's
+		}
+	}
 	e := wait(pid)
 	e.oom = oomKilled(o.memory)
 	if logs != nil {
@@ -138,6 +141,17 @@ func run(o options, ready *os.File) error {
 	}
 	err = status.write(e)
 	return errors.Join(err, remove(o))
+}
+
+// join moves the shim to a cgroup.
+func join(dir string) error {
+	if dir == "" {
+		return nil
+	}
+	if err := os.WriteFile(filepath.Join(dir, "cgroup.procs"), strconv.AppendInt(nil, int64(os.Getpid()), 10), 0); err != nil {
+		return fmt.Errorf("join cgroup: %w", err)
+	}
+	return nil
 }
 
 // mountRoot mounts the container's root, read-only, where nobody else sees it:

@@ -122,7 +122,11 @@ func (c cgroups) shim(id string) ([]string, error) {
 			if err := os.MkdirAll(dir, 0o755); err != nil {
 				return nil, fmt.Errorf("make cgroup: %w", err)
 			}
-			dirs = append(dirs, dir)
+			if h.v2 { // the cheapest to join comes first
+				dirs = append([]string{dir}, dirs...)
+			} else {
+				dirs = append(dirs, dir)
+			}
 		}
 	}
 	return dirs, nil
