@@ -1,6 +1,7 @@
 package router
 
 import (
+	"encoding/binary"
 	"encoding/json"
 	"fmt"
 	"html"
@@ -67,8 +68,38 @@ func wantsJSON(r *http.Request) bool {
 	return false
 }
 
-// write answers in the form the client asked in: trailers for gRPC, the
-// four-field object for JSON, a page for a browser, else plain text.
+// connectCodes names the codes above as the Connect protocol does,
+// https://connectrpc.com/docs/protocol#error-codes.
+var connectCodes = map[int]string{
+	grpcCancelled: "canceled", grpcInvalid: "invalid_argument", grpcDeadline: "deadline_exceeded", grpcDenied: "permission_denied",
+	grpcExhausted: "resource_exhausted", grpcUnimplemented: "unimplemented", grpcInternal: "internal", grpcUnavailable: "unavailable",
+}
+
+// connect is the answer to a client of the Connect protocol: an error object,
+// and for a stream that object as its last message.
+func (p problem) connect(r *http.Request, text string) (contentType string, code int, body []byte) {
+	// Two plain fields cannot fail to marshal.
+	object, _ := json.Marshal(struct {
+		Code    string `json:"code"`
+		Message string `json:"message"`
+	}{connectCodes[p.grpc], text})
+	ct := r.Header.Get("Content-Type")
+	if !strings.HasPrefix(ct, "application/connect+") {
+		return "application/json", p.code, object
+	}
+	end := append(append([]byte(`{"error":`), object...), '}')
+	const endOfStream = 2
+	body = binary.BigEndian.AppendUint32([]byte{endOfStream}, uint32(len(end)))
+	return ct, http.StatusOK, append(body, end...)
+}
+
+func isConnect(r *http.Request) bool {
+	return r.Header.Get("Connect-Protocol-Version") != "" || strings.HasPrefix(r.Header.Get("Content-Type"), "application/connect+")
+}
+
+// write answers in the form the client asked in: trailers for gRPC, an error
+// object for Connect, the four-field object for JSON, a page for a browser,
+// else plain text.
 func (p problem) write(w http.ResponseWriter, r *http.Request) {
 	h := w.Header()
 	clear(h)
@@ -88,8 +119,13 @@ func (p problem) write(w http.ResponseWriter, r *http.Request) {
 	if p.code == http.StatusServiceUnavailable {
 		h["Retry-After"] = []string{"1"}
 	}
+	code := p.code
 	var body []byte
 	switch {
+	case isConnect(r):
+		var ct string
+		ct, code, body = p.connect(r, text)
+		h["Content-Type"] = []string{ct}
 	case wantsJSON(r):
 		h["Content-Type"] = []string{"application/json"}
 		id := p.app
@@ -113,9 +149,11 @@ func (p problem) write(w http.ResponseWriter, r *http.Request) {
 			body = append(append(body, '\n'), p.hint...)
 		}
 	}
-	body = append(body, '\n')
+	if !isConnect(r) {
+		body = append(body, '\n')
+	}
 	h["Content-Length"] = []string{fmt.Sprint(len(body))}
-	w.WriteHeader(p.code)
+	w.WriteHeader(code)
 	if r.Method != http.MethodHead {
 		_, _ = w.Write(body) // the client is gone: nobody left to tell
 	}

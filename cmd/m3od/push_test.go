@@ -130,9 +130,10 @@ func TestBrokenPushChangesNothing(t *testing.T) {
 			if err := os.CopyFS(dir, os.DirFS(filepath.Join("..", "..", "testdata", "apps", c.sample))); err != nil {
 				t.Fatal(err)
 			}
-			if c.sample == "broken-health" {
-				// It would be waited for the whole minute.
-				if err := os.WriteFile(filepath.Join(dir, "m3o.yaml"), []byte("health:\n  grpc: true\n  timeout: 5s\n"), 0o644); err != nil {
+			// These two would be waited for the whole minute.
+			slow := map[string]string{"broken-health": "grpc: true", "broken-port": "tcp: true"}
+			if check, ok := slow[c.sample]; ok {
+				if err := os.WriteFile(filepath.Join(dir, "m3o.yaml"), []byte("health:\n  "+check+"\n  timeout: 5s\n"), 0o644); err != nil {
 					t.Fatal(err)
 				}
 			}
