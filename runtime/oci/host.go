@@ -396,4 +396,3 @@ func (c *containers) Attach(_ context.Context, id string, w runtime.Workload) (r
 
 // Remove is runtime.Host's.
 func (c *containers) Remove(ctx context.Context, id string) error { return c.driver().clear(ctx, id) }
-

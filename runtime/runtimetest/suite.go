@@ -185,4 +185,3 @@ func (f *fixture) contains(e *m3o.Error, parts ...string) {
 		}
 	}
 }
-
