@@ -140,7 +140,8 @@ type Driver struct {
 	layers    *layers
 	logs      runtime.Logs
 	names     *names
-	lock      *os.File
+	lock      *os.File // on Dir
+	nameLock  *os.File // on Name
 }
 
 var (
@@ -153,7 +154,7 @@ const lockWait = 5 * time.Second
 
 // Open takes over what an earlier driver left: it sets up the shared network,
 // binds the name server's port and removes whatever belongs to no recorded
-// instance. It is a Conflict while another driver has the same Dir open. The
+// instance. It is a Conflict while another driver has the same Dir or Name. The
 // instances are attached to by Serve, which must follow, or Shutdown.
 func Open(ctx context.Context, cfg Config) (_ *Driver, err error) {
 	if err := cfg.Validate(); err != nil {
@@ -173,10 +174,13 @@ func Open(ctx context.Context, cfg Config) (_ *Driver, err error) {
 	}
 	defer func() {
 		if err != nil {
-			err = errors.Join(err, d.lock.Close())
+			d.unlock()
 		}
 	}()
 	if d.cgroups, err = findCgroups(cfg.Name, "/proc/self/mountinfo"); err != nil {
+		return nil, err
+	}
+	if d.nameLock, err = d.lockName(ctx); err != nil {
 		return nil, err
 	}
 	if err := d.cgroups.setup(); err != nil {
@@ -223,11 +227,30 @@ func exists(path string) bool {
 	return err == nil
 }
 
+// lockDir makes this the only driver with this directory.
 func lockDir(ctx context.Context, dir string) (*os.File, error) {
 	f, err := os.OpenFile(filepath.Join(dir, "lock"), os.O_CREATE|os.O_RDWR, 0o600)
 	if err != nil {
 		return nil, fmt.Errorf("open lock: %w", err)
 	}
+	return lock(ctx, f, dir+" is in use by another m3od")
+}
+
+// lockName makes this the only driver with this name, whatever its directory:
+// to another one of the same name its instances would belong to nothing.
+func (d *Driver) lockName(ctx context.Context) (*os.File, error) {
+	dir := d.cgroups.dirs("")[0]
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return nil, fmt.Errorf("make cgroup: %w", err)
+	}
+	f, err := os.Open(dir)
+	if err != nil {
+		return nil, fmt.Errorf("open cgroup: %w", err)
+	}
+	return lock(ctx, f, fmt.Sprintf("another m3od on this host is called %s, too", d.cfg.Name))
+}
+
+func lock(ctx context.Context, f *os.File, taken string) (*os.File, error) {
 	ctx, cancel := context.WithTimeout(ctx, lockWait)
 	defer cancel()
 	for {
@@ -237,7 +260,7 @@ func lockDir(ctx context.Context, dir string) (*os.File, error) {
 		}
 		select {
 		case <-ctx.Done():
-			return nil, errors.Join(&m3o.Error{Kind: m3o.Conflict, Msg: fmt.Sprintf("%s is in use by another m3od", dir), Err: err}, f.Close())
+			return nil, errors.Join(&m3o.Error{Kind: m3o.Conflict, Msg: taken, Err: err}, f.Close())
 		case <-time.After(50 * time.Millisecond):
 		}
 	}
@@ -308,7 +331,15 @@ func (d *Driver) Serve(ctx context.Context) error {
 func (d *Driver) release() {
 	d.layers.syncing.Wait()
 	_ = d.names.close() // Serve has, unless it was never called
-	_ = d.lock.Close()  // or Shutdown has
+	d.unlock()
+}
+
+func (d *Driver) unlock() {
+	for _, f := range []*os.File{d.lock, d.nameLock} {
+		if f != nil {
+			_ = f.Close() // at the latest the end of the process does it
+		}
+	}
 }
 
 func (d *Driver) trimLogs(ctx context.Context) error {
@@ -335,12 +366,14 @@ func (d *Driver) trimLogs(ctx context.Context) error {
 // must not be called while Serve runs.
 func (d *Driver) Shutdown(ctx context.Context) error {
 	d.release()
-	lock, err := lockDir(ctx, d.cfg.Dir)
-	if err != nil {
+	defer d.release()
+	var err error
+	if d.lock, err = lockDir(ctx, d.cfg.Dir); err != nil {
 		return err
 	}
-	d.lock = lock
-	defer d.release()
+	if d.nameLock, err = d.lockName(ctx); err != nil {
+		return err
+	}
 	if err := d.StopAll(ctx); err != nil {
 		return err
 	}

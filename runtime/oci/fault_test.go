@@ -297,13 +297,19 @@ func TestFullDiskLosesLogLinesButNeverTheApp(t *testing.T) {
 	}
 }
 
-func TestSecondDriverOnADirectoryIsRefused(t *testing.T) {
+func TestSecondDriverOfTheSameDirectoryOrNameIsRefused(t *testing.T) {
 	r := newRig(t)
 	up(t, r)
 	ctx, cancel := context.WithTimeout(t.Context(), 200*time.Millisecond)
 	defer cancel()
 	if _, err := oci.Open(ctx, r.cfg); m3o.KindOf(err) != m3o.Conflict {
 		t.Errorf("Open = %v, want Conflict", err)
+	}
+	other := newRig(t) // another directory, the same name
+	ctx, cancel = context.WithTimeout(t.Context(), 200*time.Millisecond)
+	defer cancel()
+	if _, err := oci.Open(ctx, other.cfg); m3o.KindOf(err) != m3o.Conflict {
+		t.Errorf("Open of another directory by the same name = %v, want Conflict", err)
 	}
 }
 
