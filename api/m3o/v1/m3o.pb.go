@@ -997,7 +997,7 @@ type App struct {
 	Branch        string                 `protobuf:"bytes,3,opt,name=branch,proto3" json:"branch,omitempty"`
 	Url           string                 `protobuf:"bytes,4,opt,name=url,proto3" json:"url,omitempty"`
 	GitUrl        string                 `protobuf:"bytes,5,opt,name=git_url,json=gitUrl,proto3" json:"git_url,omitempty"` // ssh://m3o@host:port/app
-	Status        string                 `protobuf:"bytes,6,opt,name=status,proto3" json:"status,omitempty"`               // "no release", "running", "deploying", "down"
+	Status        string                 `protobuf:"bytes,6,opt,name=status,proto3" json:"status,omitempty"`               // "no release", "running", "down" (released, but no instance is ready)
 	Release       string                 `protobuf:"bytes,7,opt,name=release,proto3" json:"release,omitempty"`             // v12, "" before the first
 	Created       *timestamppb.Timestamp `protobuf:"bytes,8,opt,name=created,proto3" json:"created,omitempty"`
 	Released      *timestamppb.Timestamp `protobuf:"bytes,9,opt,name=released,proto3" json:"released,omitempty"`
@@ -1469,7 +1469,7 @@ func (*DestroyAppResponse) Descriptor() ([]byte, []int) {
 type Release struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Version       int32                  `protobuf:"varint,1,opt,name=version,proto3" json:"version,omitempty"`
-	Status        string                 `protobuf:"bytes,2,opt,name=status,proto3" json:"status,omitempty"` // "live", "kept", "failed"
+	Status        string                 `protobuf:"bytes,2,opt,name=status,proto3" json:"status,omitempty"` // "pending", "live", "kept" (a rollback offers it), "retired", "failed"
 	Commit        string                 `protobuf:"bytes,3,opt,name=commit,proto3" json:"commit,omitempty"`
 	Message       string                 `protobuf:"bytes,4,opt,name=message,proto3" json:"message,omitempty"`
 	Reason        string                 `protobuf:"bytes,5,opt,name=reason,proto3" json:"reason,omitempty"`
