@@ -24,6 +24,7 @@ import (
 
 	"github.com/containerd/containerd/v2/core/content"
 	"github.com/containerd/containerd/v2/plugins/content/local"
+	containerdlog "github.com/containerd/log"
 	"github.com/m3o/m3o"
 	"github.com/moby/buildkit/client"
 	"github.com/opencontainers/go-digest"
@@ -178,6 +179,11 @@ func Open(ctx context.Context, cfg Config) (*Builder, error) {
 	cfg, err := cfg.withDefaults()
 	if err != nil {
 		return nil, err
+	}
+	// The content store warns on standard error of file systems without
+	// fsverity, which nothing here relies on.
+	if err := containerdlog.SetLevel("error"); err != nil {
+		return nil, fmt.Errorf("quieten the content store: %w", err)
 	}
 	b := &Builder{cfg: cfg, log: cfg.Log, builds: semaphore.NewWeighted(int64(cfg.Concurrency)), changed: make(chan struct{}), pins: map[digest.Digest]int{}}
 	for _, d := range []string{b.dir("buildkit"), b.dir("toolchains"), b.Images()} {
