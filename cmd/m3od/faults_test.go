@@ -505,3 +505,59 @@ func TestFullDiskIsSaidAndSurvived(t *testing.T) {
 	}
 	p.must(t, dir, "m3o", "destroy", "--confirm", "full")
 }
+
+// Whatever part dies in whatever phase of a push: the app answers (through the
+// router, once there is one), the branch and the live release agree, nothing is
+// left over, and the next push works.
+func TestEnginesKilledInEachPhaseOfAPush(t *testing.T) {
+	b := theBox(t)
+	p := b.user(t, "erin")
+	dir := p.clone(t, "hello-http", "engines")
+	setVersion(t, p, dir, "start")
+	if out, err := p.push(dir); err != nil {
+		t.Fatalf("push: %v\n%s", err, out)
+	}
+	live := "start"
+	c := b.client(t)
+	for _, victim := range []string{"router", "buildkitd", "shim"} {
+		for _, mark := range []string{"app detected", "Building", "Releasing", "Starting"} {
+			t.Run(victim+" at "+mark, func(t *testing.T) {
+				words := map[string][]string{"router": {"router", "--data"}, "buildkitd": {"buildkitd", "--config"}, "shim": {"m3o-shim", "-id engines-"}}[victim]
+				tip := remoteTip(t, p, dir)
+				next := victim + " " + mark
+				setVersion(t, p, dir, next)
+				cmd := p.command(dir, "git", "push", "m3o", "main")
+				said := &signalOn{mark: mark, hit: func() {
+					for _, pid := range b.pids(words...) {
+						_ = syscall.Kill(pid, syscall.SIGKILL)
+					}
+				}}
+				cmd.Stderr = said
+				err := cmd.Run()
+				if now := remoteTip(t, p, dir); now != tip {
+					live = next
+					if err != nil {
+						t.Errorf("git says the push failed, yet the branch moved:\n%s", said.buf.String())
+					}
+				} else if err == nil {
+					t.Errorf("git says the push worked, yet the branch did not move:\n%s", said.buf.String())
+				} else if !strings.Contains(said.buf.String(), "remote:  !     ") {
+					t.Errorf("the push does not say what went wrong:\n%s", said.buf.String())
+				}
+				eventually(t, "the app answers "+live, func() bool {
+					res, err := c.Get(b.url("engines", "/"))
+					if err != nil {
+						return false
+					}
+					defer res.Body.Close()
+					body, err := io.ReadAll(res.Body)
+					return err == nil && res.StatusCode == http.StatusOK && strings.TrimSpace(string(body)) == live
+				})
+				b.checkNothingExtra(t, "engines", 1)
+			})
+		}
+	}
+	setVersion(t, p, dir, "end")
+	eventually(t, "a push works again", func() bool { _, err := p.push(dir); return err == nil })
+	p.must(t, dir, "m3o", "destroy", "--confirm", "engines")
+}
