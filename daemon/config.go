@@ -33,6 +33,7 @@ type Config struct {
 
 	BuildkitAddr string        // address of an external buildkitd; "" runs our own
 	BuildTimeout time.Duration // a build is stopped after this
+	GoProxy      string        // where builds get modules and toolchains, as GOPROXY; default that of the go command here
 	Runtime      string        // "oci" or "process"
 	Subnet       string        // addresses of instances
 	Name         string        // tells installations on one host apart: network devices, firewall table, cgroups
@@ -92,6 +93,7 @@ var options = []option{
 	str("nats-creds", "credentials file for the external NATS server", func(c *Config) *string { return &c.NatsCred }),
 	str("buildkit-addr", "address of an external buildkitd (default: our own)", func(c *Config) *string { return &c.BuildkitAddr }),
 	dur("build-timeout", "a build is stopped after this", func(c *Config) *time.Duration { return &c.BuildTimeout }),
+	str("goproxy", "where builds get Go modules and toolchains, a list as GOPROXY (default: GOPROXY, or what go env says)", func(c *Config) *string { return &c.GoProxy }),
 	str("runtime", "oci (containers, needs root) or process (unisolated, for development)", func(c *Config) *string { return &c.Runtime }),
 	str("subnet", "addresses of instances", func(c *Config) *string { return &c.Subnet }),
 	str("name", "tells installations on one host apart, 1 to 7 of a-z and 0-9 (default m3o)", func(c *Config) *string { return &c.Name }),

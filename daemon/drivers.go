@@ -4,7 +4,11 @@ import (
 	"context"
 	"fmt"
 	"net/netip"
+	"os"
+	"os/exec"
 	"path/filepath"
+	"strings"
+	"time"
 
 	"github.com/m3o/m3o"
 	"github.com/m3o/m3o/buildpacks/build"
@@ -39,7 +43,7 @@ var builds = netip.MustParsePrefix("198.19.0.0/16")
 func (d *Daemon) openEngines(ctx context.Context) error {
 	bin := func(name string) string { return filepath.Join(d.cfg.Bin, name) }
 	b, err := build.Open(ctx, build.Config{Dir: d.cfg.path("build"), Buildkitd: bin("buildkitd"), Runc: bin("runc"), Addr: d.cfg.BuildkitAddr,
-		Timeout: d.cfg.BuildTimeout, Blocked: []netip.Prefix{d.subnet(), netip.MustParsePrefix(defaultSubnet)}, Log: d.log})
+		Timeout: d.cfg.BuildTimeout, GoProxy: d.goProxy(ctx), Blocked: []netip.Prefix{d.subnet(), netip.MustParsePrefix(defaultSubnet)}, Log: d.log})
 	if err != nil {
 		return fmt.Errorf("open builder: %w", err)
 	}
@@ -57,4 +61,25 @@ func (d *Daemon) openEngines(ctx context.Context) error {
 		return fmt.Errorf("open runtime: %w", err)
 	}
 	return nil
+}
+
+// goProxy is the module proxy builds use: the configured one, else the one the
+// go command of this host would use, if there is one.
+func (d *Daemon) goProxy(ctx context.Context) string {
+	if d.cfg.GoProxy != "" {
+		return d.cfg.GoProxy
+	}
+	if v := os.Getenv("GOPROXY"); v != "" {
+		return v
+	}
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, "go", "env", "GOPROXY")
+	cmd.Dir = "/" // no go.mod of whoever started us
+	out, err := cmd.Output()
+	if err != nil {
+		d.log.Info("no module proxy is configured and there is no go command to ask: a toolchain that is not here cannot be fetched", "hint", "--goproxy")
+		return ""
+	}
+	return strings.TrimSpace(string(out))
 }

@@ -58,7 +58,7 @@ func parseGoProxy(s string) (*goProxy, error) {
 		p.list = append(p.list, proxyEntry{url: u, word: u.Redacted(), anyError: bar})
 	}
 	if len(p.list) == 0 {
-		return nil, &m3o.Error{Kind: m3o.Invalid, Msg: "GOPROXY is empty", Hint: "set it to the address of a Go module proxy"}
+		return nil, &m3o.Error{Kind: m3o.Invalid, Msg: "no Go module proxy is configured", Hint: "start m3od with --goproxy and the address of one"}
 	}
 	return p, nil
 }
