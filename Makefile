@@ -42,9 +42,10 @@ test-short: ## what needs neither root nor engines, in 30 s
 lint: ## vet, staticcheck, errcheck, gofmt
 	@tools/lint.sh
 
-generate: ## regenerate api/ (needs protoc; make deps installs it)
+generate: ## regenerate api/ and the references in docs/ (needs protoc; make deps installs it)
 	$(GOBUILD) -o bin/tools/ google.golang.org/protobuf/cmd/protoc-gen-go connectrpc.com/connect/cmd/protoc-gen-connect-go
 	PATH="$(CURDIR)/bin/tools:$$PATH" go generate ./api
+	go run ./tools/docgen
 
 bench: deps build ## the budgets, each beside its reference, into docs/benchmarks.md
 	go run ./cmd/m3o-bench
