@@ -4,7 +4,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := build
 
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
-LDFLAGS := -s -w -X main.version=$(VERSION)
+LDFLAGS := -s -w -X main.version=$(VERSION) -X main.linked=$(VERSION)
 GOBUILD := CGO_ENABLED=0 go build -trimpath -buildvcs=false
 RUNC_VERSION := 1.5.2
 

@@ -126,11 +126,12 @@ func ParseConfig(args []string, getenv func(string) string, usage func(*flag.Fla
 			fset.Func(o.name, o.usage, put)
 		}
 	}
-	if usage != nil {
-		fset.Usage = func() { usage(fset) }
-	}
+	fset.Usage = func() {} // a mistyped flag gets one line, not the whole list
 	if err := fset.Parse(args); err != nil {
 		if errors.Is(err, flag.ErrHelp) {
+			if usage != nil {
+				usage(fset)
+			}
 			return c, err
 		}
 		return c, &m3o.Error{Kind: m3o.Invalid, Msg: err.Error(), Hint: "m3od --help lists the flags", Err: err}

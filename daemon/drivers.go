@@ -41,6 +41,9 @@ var builds = netip.MustParsePrefix("198.19.0.0/16")
 // openEngines opens the builder and the runtime driver that the configuration
 // names. This switch is the only place that knows which there are.
 func (d *Daemon) openEngines(ctx context.Context) error {
+	if os.Geteuid() != 0 && d.cfg.BuildkitAddr == "" {
+		return &m3o.Error{Kind: m3o.Denied, Msg: "building takes root", Hint: "run m3od as root, or give it a BuildKit with --buildkit-addr and run apps with --runtime process"}
+	}
 	bin := func(name string) string { return filepath.Join(d.cfg.Bin, name) }
 	b, err := build.Open(ctx, build.Config{Dir: d.cfg.path("build"), Buildkitd: bin("buildkitd"), Runc: bin("runc"), Addr: d.cfg.BuildkitAddr,
 		Timeout: d.cfg.BuildTimeout, GoProxy: d.goProxy(ctx), Blocked: []netip.Prefix{d.subnet(), netip.MustParsePrefix(defaultSubnet)}, Log: d.log})

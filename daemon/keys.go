@@ -39,10 +39,9 @@ func (d *Daemon) makeState() error {
 	if copy(d.configKey[:], sealing) != len(d.configKey) || len(sealing) != len(d.configKey) {
 		return fmt.Errorf("config key: %s has %d bytes, want %d; restore it from a backup", d.cfg.path("keys", "config.key"), len(sealing), len(d.configKey))
 	}
-	if _, err := os.Stat(d.caFile()); errors.Is(err, fs.ErrNotExist) {
-		if err := router.NewCA(d.cfg.path("ca"), d.cfg.Domain); err != nil {
-			return fmt.Errorf("make internal CA: %w", err)
-		}
+	// It makes the CA once, and refuses one that was made for another domain.
+	if err := router.NewCA(d.cfg.path("ca"), d.cfg.Domain); err != nil {
+		return err
 	}
 	if d.caPEM, err = os.ReadFile(d.caFile()); err != nil {
 		return fmt.Errorf("read internal CA: %w", err)

@@ -77,15 +77,17 @@ func TestSupersededPushCannotCommit(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var l lane
 		ctx, t1, _ := l.enter(t.Context(), nil)
+		entered := make(chan *turn)
 		go func() {
 			_, tn, _ := l.enter(t.Context(), nil)
-			tn.leave()
+			entered <- tn
 		}()
 		synctest.Wait()
 		if err := t1.commit(ctx); !errors.Is(err, errSuperseded) {
 			t.Errorf("commit = %v, want superseded", err)
 		}
 		t1.leave()
+		(<-entered).leave()
 	})
 }
 

@@ -152,8 +152,8 @@ func (rt *Router) notFound(w http.ResponseWriter, r *http.Request, l *live, name
 	}
 	p := problem{code: http.StatusNotFound, grpc: grpcUnimplemented, msg: fmt.Sprintf("nothing is served at %q", name)}
 	if app, ok := strings.CutSuffix(name, "."+l.table.Domain); ok && m3o.CheckAppName(app) == nil {
-		p.msg = fmt.Sprintf("there is no app called %q here", app)
-		p.hint = "to make it: m3o create " + app + ", then git push m3o main"
+		p.msg = fmt.Sprintf("no app called %q has been released here", app)
+		p.hint = "git push m3o main releases it; m3o create " + app + " makes it first"
 	}
 	p.write(w, r)
 }

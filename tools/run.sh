@@ -4,6 +4,11 @@
 # the foreground; Ctrl-C stops everything it started.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+if [ "$(id -u)" -ne 0 ]; then
+  # Builds and containers take namespaces and mounts.
+  command -v sudo >/dev/null || { echo "make run: m3o needs root to build and to run containers; run it as root" >&2; exit 1; }
+  exec sudo --preserve-env=PATH,GOPROXY,M3O_DATA "$PWD/tools/run.sh" "$@"
+fi
 root=$PWD
 state=${M3O_DATA:-$root/.m3o}
 export M3O_DATA=$state M3O_STOP_APPS=true
@@ -13,13 +18,6 @@ mkdir -p "$state"
 log=$state/m3od.log
 out=$state/m3od.out
 : >"$out"
-
-driver=oci
-if [ "$(id -u)" -ne 0 ]; then
-  # Containers need root; without it apps run as plain processes.
-  driver=process
-fi
-export M3O_RUNTIME=${M3O_RUNTIME:-$driver}
 
 bin/m3od "$@" >"$out" 2>"$log" &
 pid=$!

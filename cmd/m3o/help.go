@@ -148,8 +148,14 @@ func markdown() string {
 	return b.String()
 }
 
-// version is the module's version as go build stamped it.
+// linked is set by the linker: the version that make build gives.
+var linked string
+
+// version is the linked version, else the module's as go install stamped it.
 func version() string {
+	if linked != "" {
+		return linked
+	}
 	info, ok := debug.ReadBuildInfo()
 	if !ok || info.Main.Version == "" {
 		return "devel"
