@@ -105,6 +105,7 @@ func TestPartsOfABox(t *testing.T) {
 		{pid: 13, parent: 1, args: []string{"/b/m3o-shim", "-bundle", "/t/x/data/runtime/a"}},
 		{pid: 14, parent: 13, args: []string{"/app/web"}},
 		{pid: 15, parent: 13, args: []string{"runc", "delete"}},
+		{pid: 16, parent: 13}, // a zombie
 		{pid: 20, parent: 1, args: []string{"/b/m3od", "router", "--data", "/t/x/data2"}}, // somebody else's
 		{pid: 21, parent: 1, args: []string{"/b/m3o-shim", "-bundle", "/t/y/data/a"}},
 		{pid: 22, parent: 21, args: []string{"/app/web"}},
@@ -117,6 +118,24 @@ func TestPartsOfABox(t *testing.T) {
 	}{{"daemon", got.daemon, 10}, {"router", got.router, 11}, {"buildkitd", got.buildkit, 12}, {"shim", got.shims, 13}, {"app", got.apps, 14}} {
 		if len(c.got) != 1 || c.got[0].pid != c.want {
 			t.Errorf("%s: %+v, want pid %d", c.what, c.got, c.want)
+		}
+	}
+}
+
+func TestCPUGroup(t *testing.T) {
+	const v1 = "30 25 0:26 / /sys/fs/cgroup/unified rw,nosuid - cgroup2 cgroup2 rw\n" +
+		"33 25 0:29 / /sys/fs/cgroup/cpu,cpuacct rw,nosuid shared:9 - cgroup cgroup rw,cpu,cpuacct\n" +
+		"34 25 0:30 / /sys/fs/cgroup/cpuset rw,nosuid - cgroup cgroup rw,cpuset\n"
+	const v2 = "30 25 0:26 / /sys/fs/cgroup rw,nosuid shared:4 - cgroup2 cgroup2 rw\n"
+	for _, c := range []struct{ groups, mounts, root, group, file string }{
+		{"5:cpuset:/a\n3:cpu,cpuacct:/m3o/daemon\n0::/x\n", v1, "/sys/fs/cgroup/cpu,cpuacct", "/m3o/daemon", "cpu.shares"},
+		{"0::/m3o/daemon\n", v2, "/sys/fs/cgroup", "/m3o/daemon", "cpu.weight"},
+		{"0::/m3o/daemon\n", "", "", "", ""},
+		{"rubbish\n:::\n", v2, "", "", ""},
+	} {
+		root, group, file := cpuGroup(c.groups, c.mounts)
+		if root != c.root || group != c.group || file != c.file {
+			t.Errorf("cpuGroup(%q, %q) = %q, %q, %q, want %q, %q, %q", c.groups, c.mounts, root, group, file, c.root, c.group, c.file)
 		}
 	}
 }

@@ -66,7 +66,7 @@ func openBox(ctx context.Context, bin, dir string) (*box, error) {
 			b.env = append(b.env, k+"="+string(bytes.TrimSpace(v)))
 		}
 	}
-	for _, k := range []string{"SSL_CERT_FILE", "SSL_CERT_DIR"} {
+	for _, k := range []string{"SSL_CERT_FILE", "SSL_CERT_DIR", "M3O_LOG_LEVEL"} {
 		if v := os.Getenv(k); v != "" {
 			b.env = append(b.env, k+"="+v)
 		}

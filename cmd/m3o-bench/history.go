@@ -212,7 +212,7 @@ func (b *bench) history(ctx context.Context, sec *section) error {
 	if err != nil {
 		return err
 	}
-	ours := &gitServer{name: "m3o", opts: []string{"-o", "no-deploy"}, cpu: func(context.Context) (time.Duration, error) { return b.box.cpu() },
+	ours := &gitServer{name: "m3o", opts: []string{"-o", "no-deploy"}, cpu: func(context.Context) (time.Duration, error) { u, err := b.box.cpu(); return u.sum(), err },
 		target: func(ctx context.Context, n int) (string, error) {
 			app := fmt.Sprintf("bench-history-%d", n)
 			_, err := b.box.run(ctx, b.dir, b.box.m3o(), "create", app, "--no-remote")

@@ -40,7 +40,8 @@ func (p process) names(dir string) bool {
 	return false
 }
 
-// processes lists the machine's processes, kernel threads excepted.
+// processes lists the machine's processes. Kernel threads and zombies, which
+// have ended and whose parent has not asked yet, are there without arguments.
 func processes() ([]process, error) {
 	stats, err := filepath.Glob("/proc/[0-9]*/stat")
 	if err != nil {
@@ -55,9 +56,7 @@ func processes() ([]process, error) {
 		if err != nil {
 			return nil, err
 		}
-		if len(p.args) > 0 {
-			ps = append(ps, p)
-		}
+		ps = append(ps, p)
 	}
 	return ps, nil
 }
@@ -181,11 +180,6 @@ type parts struct {
 	shims, apps              []process
 }
 
-func (p parts) platform() []process {
-	var all []process
-	return append(append(append(all, p.daemon...), p.router...), p.buildkit...)
-}
-
 // parts finds the processes that run for the box.
 func (b *box) parts() (parts, error) {
 	ps, err := processes()
@@ -213,20 +207,34 @@ func partsOf(ps []process, data string, daemon int) parts {
 		}
 	}
 	for _, p := range ps {
-		if shim[p.parent] && p.program() != "runc" {
+		if shim[p.parent] && p.program() != "" && p.program() != "runc" {
 			found.apps = append(found.apps, p)
 		}
 	}
 	return found
 }
 
-// cpu is what daemon, router and builds have used. Children count once they
-// have been waited for, which git's and a build's processes are.
-func (b *box) cpu() (time.Duration, error) {
+// A usage is the CPU time of a box's parts. Children count once they have been
+// waited for, which git's and a build's processes are.
+type usage struct{ daemon, router, build time.Duration }
+
+func (u usage) sum() time.Duration { return u.daemon + u.router + u.build }
+
+func (u usage) minus(o usage) usage {
+	return usage{u.daemon - o.daemon, u.router - o.router, u.build - o.build}
+}
+
+// cpu is what the box's parts have used since they started.
+func (b *box) cpu() (usage, error) {
 	p, err := b.parts()
-	var sum time.Duration
-	for _, p := range p.platform() {
-		sum += p.cpu
+	var u usage
+	for _, part := range []struct {
+		to *time.Duration
+		ps []process
+	}{{&u.daemon, p.daemon}, {&u.router, p.router}, {&u.build, p.buildkit}} {
+		for _, p := range part.ps {
+			*part.to += p.cpu
+		}
 	}
-	return sum, err
+	return u, err
 }

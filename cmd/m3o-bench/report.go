@@ -31,12 +31,20 @@ func (d durations) median() time.Duration {
 	return (s[(len(s)-1)/2] + s[len(s)/2]) / 2
 }
 
+// span is the range that the samples lie in, in seconds.
+func (d durations) span() string {
+	return fmt.Sprintf("%.3f–%.3f", slices.Min(d).Seconds(), slices.Max(d).Seconds())
+}
+
 // text is the median and the range it comes from.
 func (d durations) text() string {
-	if len(d) == 0 {
+	switch len(d) {
+	case 0:
 		return "–"
+	case 1:
+		return secs(d[0])
 	}
-	return fmt.Sprintf("%s (%s–%s)", secs(d.median()), secs(slices.Min(d)), secs(slices.Max(d)))
+	return secs(d.median()) + " (" + d.span() + ")"
 }
 
 // secs prints a duration in seconds to the millisecond, or ten of them when long.
@@ -64,6 +72,22 @@ func verdict(met bool) string {
 		return "within"
 	}
 	return "**over**"
+}
+
+// usages are the CPU times of several pushes.
+type usages struct{ daemon, router, build durations }
+
+func (us *usages) add(u usage) {
+	us.daemon.add(u.daemon)
+	us.router.add(u.router)
+	us.build.add(u.build)
+}
+
+// rows adds the medians to a breakdown.
+func (us *usages) rows(t *table) {
+	t.add("CPU of m3od and git", secs(us.daemon.median()), us.daemon.span())
+	t.add("CPU of the router", secs(us.router.median()), us.router.span())
+	t.add("CPU of buildkitd and the build", secs(us.build.median()), us.build.span())
 }
 
 // A row is one line of the summary.
@@ -118,7 +142,7 @@ func (b *breakdown) table(title string) table {
 	t := table{title: title, head: []string{"part", "median", "remark"}}
 	for _, what := range b.order {
 		d := *b.took[what]
-		t.add(what, secs(d.median()), fmt.Sprintf("%s–%s", secs(slices.Min(d)), secs(slices.Max(d))))
+		t.add(what, secs(d.median()), d.span())
 	}
 	return t
 }

@@ -26,7 +26,7 @@ func (b *bench) rollback(ctx context.Context, sec *section) error {
 		}
 		wants = append(wants, c.want)
 	}
-	if _, _, err := c.hostBuild(ctx); err != nil {
+	if _, _, err := c.hostBuild(ctx, nil); err != nil {
 		return err
 	}
 	var answer, wall, api, bare, ratio, whoami durations
