@@ -10,8 +10,10 @@ if [ -n "$bad" ]; then
 fi
 go vet ./...
 go tool staticcheck ./...
-# errcheck knows no exceptions at the line; it prints the line, so we do.
-bad=$(go tool errcheck -ignoregenerated -exclude tools/errcheck.txt ./... | grep -v 'nolint:errcheck' || true)
+# errcheck knows no exceptions at the line; it prints the line, so we do. A bare
+# receive waits for an end, and what ended has told its error elsewhere. Tests
+# check what they are about.
+bad=$(go tool errcheck -ignoregenerated -ignoretests -exclude tools/errcheck.txt ./... | grep -vE 'nolint:errcheck|:[[:space:]]+(case )?<-' || true)
 if [ -n "$bad" ]; then
   echo "lint: errors are dropped; handle them, or say why not with //nolint:errcheck // reason" >&2
   echo "$bad" >&2

@@ -212,7 +212,7 @@ func head(tree fs.FS, p string) []byte {
 	if err != nil {
 		return nil
 	}
-	defer f.Close()
+	defer f.Close() //nolint:errcheck // only read
 	b, err := io.ReadAll(io.LimitReader(f, headSize))
 	if err != nil {
 		return nil
@@ -230,7 +230,7 @@ func readProto(tree fs.FS, p string, total *int) ([]byte, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open %s: %w", p, err)
 	}
-	defer file.Close()
+	defer file.Close() //nolint:errcheck // only read
 	b, err := io.ReadAll(io.LimitReader(file, maxFile+1))
 	if err != nil {
 		return nil, fmt.Errorf("read %s: %w", p, err)

@@ -276,7 +276,7 @@ func logs(f *fixture) {
 	if want := append(want[n-1:], "asked to end"); !slices.Equal(got, want) {
 		f.Errorf("last lines of what is gone: %q, want %q", got, want)
 	}
-	for range f.Driver.Logs(f.ctx, runtime.Ref{App: web.App, Release: 99}, 5, false) {
+	for range f.Driver.Logs(f.ctx, runtime.Ref{App: web.App, Release: 99}, 5, false) { //nolint:errcheck // nothing may come, not even an error
 		f.Error("a release that never was has a log")
 	}
 }
