@@ -384,7 +384,7 @@ func TestAnswersOfTheRouterItself(t *testing.T) {
 		want        string
 	}{
 		{"http://nope.localhost/", "", 404, "m3o create nope"},
-		{"http://nope.localhost/", "text/html", 404, "<code>to make it: m3o create nope"},
+		{"http://nope.localhost/", "text/html", 404, "<code>git push m3o main releases it; m3o create nope"},
 		{"http://example.com/", "", 404, "example.com"},
 		{"http://asleep.localhost/", "", 503, "no running instance"},
 		{"http://asleep.localhost/", "application/json", 503, `{"id":"asleep","code":503,"detail":"app asleep has no running instance (m3o ps -a asleep; m3o logs -a asleep)","status":"Service Unavailable"}`},
