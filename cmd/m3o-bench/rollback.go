@@ -45,7 +45,7 @@ func (b *bench) rollback(ctx context.Context, sec *section) error {
 			var werr error
 			took := make(chan time.Duration, 1)
 			go func() { werr = cmd.Wait(); took <- time.Since(began) }()
-			aerr := until(ctx, 2*time.Millisecond, time.Minute, "the old version to answer", func() (bool, error) {
+			aerr := until(ctx, pollEvery, time.Minute, "the old version to answer", func() (bool, error) {
 				return c.answers(ctx, wants[round%2])
 			})
 			answer.add(time.Since(began))
@@ -79,7 +79,7 @@ func (b *bench) rollback(ctx context.Context, sec *section) error {
 	sec.add(row{What: "`m3o rollback` → old version answers", Budget: "≤ 0.3 s", Measured: answer.text(), Reference: "the bare binary's first answer " + bare.text(),
 		Ratio: times(ratio.median()), Met: verdict(answer.median() <= 300*time.Millisecond)})
 	t := table{title: "Where the time goes", head: []string{"what", "median", "remark"}}
-	t.add("**old version answers**", secs(answer.median()), "asked every 2 ms from the start on")
+	t.add("**old version answers**", secs(answer.median()), "asked every 10 ms from the start on")
 	t.add("`m3o rollback` has ended", secs(wall.median()), "")
 	t.add("the API's own figure", secs(api.median()), "new release, new container, health check, switch")
 	t.add("for comparison: `m3o whoami`", secs(whoami.median()), "the CLI's start, TLS and one authenticated call")
