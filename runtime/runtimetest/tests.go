@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"slices"
 	"strings"
 	"time"
@@ -170,10 +171,18 @@ func neverListens(f *fixture) {
 }
 
 func wrongPort(f *fixture) {
-	w := f.workload("port", "38125")
+	// A free one: drivers without networks of their own share the host's ports
+	// with other tests.
+	ln, err := net.Listen("tcp", ":0")
+	if err != nil {
+		f.Fatal(err)
+	}
+	_, port, _ := net.SplitHostPort(ln.Addr().String())
+	_ = ln.Close()
+	w := f.workload("port", port)
 	w.Health.Timeout = 2 * time.Second
 	e := f.failure(w)
-	f.contains(e, "web never listened on port", "it listens on port 38125")
+	f.contains(e, "web never listened on port", "it listens on port "+port)
 	if !strings.Contains(e.Hint, "PORT") {
 		f.Errorf("hint %q does not mention PORT", e.Hint)
 	}
