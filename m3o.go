@@ -32,7 +32,7 @@ type Source struct {
 	App        string
 	Repo       string   // absolute path of the bare repository
 	Quarantine string   // absolute object directory to read before Repo's own; "" when none
-	Ref        string   // full ref name, refs/heads/main
+	Ref        string   // full ref name that the deploy moves, refs/heads/main; "" for none
 	Old        string   // commit the ref had before, "" for a new ref
 	Commit     string   // 40 hex digits
 	User       string   // who caused it

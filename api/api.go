@@ -3,4 +3,4 @@
 // It is the only package an outsider may depend on.
 package api
 
-//go:generate protoc -I . --go_out=. --go_opt=paths=source_relative --connect-go_out=. --connect-go_opt=paths=source_relative m3o/v1/m3o.proto
+//go:generate sh -c "protoc -I . --go_out=. --go_opt=paths=source_relative --connect-go_out=. --connect-go_opt=paths=source_relative m3o/v1/*.proto"

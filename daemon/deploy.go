@@ -65,12 +65,8 @@ func cancelled(cause error) error {
 // push runs the deploy of one push up to the switch.
 func (d *Daemon) push(ctx context.Context, turn *turn, src m3o.Source, w io.Writer, began time.Time) (*deployment, error) {
 	// The lane was waited for: the branch may have moved since git looked.
-	tip, err := gitserver.Tip(ctx, src.Repo, src.Ref)
-	if err != nil {
-		return nil, fmt.Errorf("read %s: %w", src.Ref, err)
-	}
-	if tip != src.Old {
-		return nil, &m3o.Error{Kind: m3o.Conflict, Msg: "the branch moved while this push waited", Hint: "run git fetch m3o, then push again"}
+	if err := checkTip(ctx, src); err != nil {
+		return nil, err
 	}
 	tree, err := source.Open(ctx, src, &d.trees)
 	if err != nil {
@@ -137,6 +133,21 @@ func (d *Daemon) push(ctx context.Context, turn *turn, src m3o.Source, w io.Writ
 	}
 	live.log = logFile
 	return live, nil
+}
+
+// checkTip refuses a source whose branch is not what it was when it came.
+func checkTip(ctx context.Context, src m3o.Source) error {
+	if src.Ref == "" {
+		return nil
+	}
+	tip, err := gitserver.Tip(ctx, src.Repo, src.Ref)
+	if err != nil {
+		return fmt.Errorf("read %s: %w", src.Ref, err)
+	}
+	if tip != src.Old {
+		return &m3o.Error{Kind: m3o.Conflict, Msg: "the branch moved while this push waited", Hint: "run git fetch m3o, then push again"}
+	}
+	return nil
 }
 
 // build plans from the tree and builds the image.

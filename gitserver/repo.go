@@ -1,6 +1,7 @@
 package gitserver
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -355,4 +356,26 @@ func sweepRepo(repo string) error {
 // globQuote makes a path literal inside a glob pattern.
 func globQuote(p string) string {
 	return strings.NewReplacer(`\`, `\\`, `*`, `\*`, `?`, `\?`, `[`, `\[`).Replace(p)
+}
+
+// Repo is the directory of app's repository, made with branch as its HEAD if
+// there is none yet, for who puts commits there without a push.
+func (s *Server) Repo(ctx context.Context, app, branch string) (string, error) {
+	return s.ensureRepo(ctx, app, branch)
+}
+
+// Move makes ref point to commit if it points to old ("" for a ref that is
+// not there), as a push would; Conflict when it does not.
+func Move(ctx context.Context, repo, ref, old, commit string) error {
+	if err := checkRefName(ref); err != nil {
+		return err
+	}
+	from := cmp.Or(old, plumbing.ZeroHash.String())
+	if _, err := runGit(ctx, repo, nil, "", "update-ref", "--", ref, commit, from); err != nil {
+		if tip, terr := Tip(ctx, repo, ref); terr == nil && tip != old {
+			return &m3o.Error{Kind: m3o.Conflict, Msg: "the branch moved meanwhile", Hint: "fetch it and try again", Err: err}
+		}
+		return err
+	}
+	return nil
 }

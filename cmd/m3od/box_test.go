@@ -16,6 +16,7 @@ import (
 	"os/signal"
 	"path/filepath"
 	"regexp"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -61,8 +62,15 @@ func TestMain(m *testing.M) {
 	os.Exit(code)
 }
 
+// slot sets this run apart from others on this host at the same time: 0 to 9,
+// from M3O_TEST_SLOT.
+func slot() int {
+	n, _ := strconv.Atoi(os.Getenv("M3O_TEST_SLOT"))
+	return min(max(n, 0), 9)
+}
+
 // boxName tells the shared installation's devices, cgroups and firewall from others' on this host.
-const boxName = "m3oe2e"
+var boxName = fmt.Sprintf("m3oe2e%d", slot())
 
 // A box is one installation of m3o with its own state and ports, used the way
 // a person does: by its commands, git and HTTP.
@@ -157,7 +165,7 @@ func newBox(bin string) (*box, error) {
 	b.api = "https://api.localhost:" + port
 	b.env = []string{asDaemon + "=1", "PATH=" + os.Getenv("PATH"), "HOME=" + dir,
 		"M3O_DATA=" + b.data, "M3O_BIN=" + bin, "M3O_HTTP=" + b.http, "M3O_HTTPS=" + b.https, "M3O_SSH=" + b.ssh,
-		"M3O_NAME=" + boxName, "M3O_SUBNET=198.18.128.0/18", "M3O_LOG_LEVEL=debug", "M3O_DRAIN=10s"}
+		"M3O_NAME=" + boxName, fmt.Sprintf("M3O_SUBNET=198.18.%d.0/21", 128+8*slot()), "M3O_LOG_LEVEL=debug", "M3O_DRAIN=10s"}
 	for _, k := range []string{"GOPROXY", "GOSUMDB", "GONOSUMDB", "GOPRIVATE", "GOFLAGS", "SSL_CERT_FILE", "SSL_CERT_DIR"} {
 		if v, err := exec.Command("go", "env", k).Output(); err == nil && len(bytes.TrimSpace(v)) > 0 && strings.HasPrefix(k, "GO") && k != "GOFLAGS" {
 			b.env = append(b.env, k+"="+strings.TrimSpace(string(v)))

@@ -3,6 +3,7 @@
 package oci_test
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -95,7 +96,7 @@ func newRig(t testing.TB) rig {
 	t.Cleanup(func() { _ = os.RemoveAll(runDir) })
 	images := filepath.Join(dir, "images")
 	r := rig{image: runtimetest.ServerImage(t, images), cfg: oci.Config{
-		Name: "m3otest", Dir: filepath.Join(dir, "state"), Run: runDir, Images: images,
+		Name: "m3ot" + cmp.Or(os.Getenv("M3O_TEST_SLOT"), "0"), Dir: filepath.Join(dir, "state"), Run: runDir, Images: images,
 		Runc: need.Bin(t, "runc"), Shim: shim(t), Subnet: netip.MustParsePrefix("198.18.0.0/16"),
 		Upstreams: []string{}, Log: testLog(t),
 	}}
