@@ -15,7 +15,7 @@ import (
 //
 //	starting → ready ⇄ unhealthy      two good answers, three bad ones
 //	any of them → exited → starting   it ended by itself; after a pause
-//	any → draining → exited           it was told to go
+//	any → draining → exited           it was told to go, or runs once and ended
 func (r *Reconciler) keep(ctx context.Context, in *instance) {
 	h, err := r.host.Attach(ctx, in.ID, in.record.Workload)
 	if err != nil {
@@ -24,7 +24,13 @@ func (r *Reconciler) keep(ctx context.Context, in *instance) {
 		h = nil
 	}
 	for crashes := 0; ; {
-		if h == nil && !stopping(in) {
+		once := in.record.Workload.Once
+		switch {
+		case h != nil || stopping(in):
+		case once && in.found:
+			r.finish(ctx, in, Exit{Code: -1, At: time.Now()}) // nobody knows how far it came
+			return
+		default:
 			h, err = r.launch(ctx, in)
 		}
 		if ctx.Err() != nil && !stopping(in) {
@@ -53,6 +59,10 @@ func (r *Reconciler) keep(ctx context.Context, in *instance) {
 		}
 		if stopping(in) {
 			r.end(ctx, in, nil)
+			return
+		}
+		if once {
+			r.finish(ctx, in, exit)
 			return
 		}
 		r.change(in, func() {
@@ -280,6 +290,28 @@ func (r *Reconciler) end(ctx context.Context, in *instance, h Handle) {
 	if h != nil {
 		exit = r.terminate(ctx, in, h)
 	}
+	r.remove(ctx, in, exit)
+}
+
+// finish takes an instance that runs once and has ended out of the world. It
+// is wanted no more before it is gone, or the next driver would start another.
+func (r *Reconciler) finish(ctx context.Context, in *instance, exit Exit) {
+	for n := 0; ; n++ {
+		err := r.forget(in.ref())
+		if err == nil {
+			break
+		}
+		r.log.Error("cannot forget what ran once, trying again", "instance", in.ID, "err", err)
+		if !sleep(ctx, pause(n)) {
+			return
+		}
+	}
+	r.change(in, func() { in.handle, in.Phase, in.At = nil, m3o.Draining, time.Now() })
+	r.remove(ctx, in, exit)
+}
+
+// remove removes all an ended instance had, then the instance.
+func (r *Reconciler) remove(ctx context.Context, in *instance, exit Exit) {
 	for n := 0; ; n++ {
 		if ctx.Err() != nil {
 			return // the next driver removes it: its Ref is not wanted

@@ -236,3 +236,40 @@ func (bare) Logs(context.Context, Ref, int, bool) iter.Seq2[Line, error] {
 }
 func (bare) Exec(context.Context, string, Cmd) (int, error)  { return 0, nil }
 func (bare) Run(context.Context, Workload, Cmd) (int, error) { return 0, nil }
+
+func TestLostWhenItRanOnceItIsNotRunAgain(t *testing.T) {
+	dir := t.TempDir()
+	once := Workload{Ref: web, Port: 8080, Once: true}
+	first, err := NewReconciler(dir, &puppet{}, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := first.Start(t.Context(), once, 1); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := first.create(once); err != nil { // and then the machine went down
+		t.Fatal(err)
+	}
+	p := &puppet{}
+	second, err := NewReconciler(dir, p, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	go func() { done <- second.Run(ctx) }()
+	if err := second.awaitGone(t.Context(), func(*instance) bool { return true }); err != nil {
+		t.Error(err)
+	}
+	cancel()
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+	if p.launches != 0 {
+		t.Errorf("it was launched %d times", p.launches)
+	}
+	third, err := NewReconciler(dir, p, nil)
+	if err != nil || len(third.wants)+len(third.have) != 0 {
+		t.Errorf("still wanted: %v %v %v", third.wants, third.have, err)
+	}
+}

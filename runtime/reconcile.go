@@ -71,7 +71,8 @@ type Reconciler struct {
 
 // instance is one entry of Reconciler.have.
 type instance struct {
-	stop chan struct{} // closed when it shall go
+	stop  chan struct{} // closed when it shall go
+	found bool          // a driver before this one made it
 
 	// Guarded by Reconciler.mu.
 	stopped bool // stop is closed
@@ -97,6 +98,7 @@ func NewReconciler(dir string, host Host, log *slog.Logger) (*Reconciler, error)
 	r.wants = wants
 	for id, rec := range have {
 		r.have[id] = newInstance(rec)
+		r.have[id].found = true
 	}
 	return r, nil
 }

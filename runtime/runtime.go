@@ -17,6 +17,7 @@ import (
 	"iter"
 	"regexp"
 	"slices"
+	"syscall"
 	"time"
 
 	"github.com/m3o/m3o"
@@ -77,6 +78,10 @@ type Workload struct {
 	CPUMillis   int64         // thousandths of a core; 0: no limit
 	Pids        int64         // processes and threads; 0: DefaultPids
 	Grace       time.Duration // SIGTERM to SIGKILL; 0: DefaultGrace
+	// Once makes its instance run at most once: when it ends by itself it is
+	// not started again but goes, and its Ref is wanted no more. So it does
+	// when the driver finds on opening that it was lost.
+	Once bool
 }
 
 // Validate reports why a workload cannot be run, as an *m3o.Error of kind Invalid.
@@ -111,11 +116,14 @@ type Line struct {
 // A Cmd is a command for Exec or Run and what it is connected to. Nil In reads
 // as empty, nil Out and Err discard. A non-nil Resize asks for a terminal: it
 // gives {columns, rows}, the first at once, and everything is written to Out.
+// What Signals gives is sent to the command; as the first process of its
+// container it sees only those it has a handler for, as every Go program has.
 type Cmd struct {
 	Args, Env []string
 	In        io.Reader
 	Out, Err  io.Writer
 	Resize    <-chan [2]uint16
+	Signals   <-chan syscall.Signal
 }
 
 // An Exit is how a process ended.
@@ -150,7 +158,8 @@ type Driver interface {
 
 	// Events yields every instance once, then an instance whose ID is "" as a
 	// marker, then an instance for every change, in order. An instance that
-	// was told to go is Draining, then Exited, and never seen again; any other
+	// was told to go, or of a Workload that runs Once and ended, is Draining,
+	// then Exited, and never seen again; any other
 	// that is Exited will be started again. It ends when ctx does; a caller
 	// too slow for the changes gets one Unavailable error and asks again.
 	Events(ctx context.Context) iter.Seq2[m3o.Instance, error]

@@ -145,6 +145,7 @@ func (d *Driver) command(ctx context.Context, id string, w runtime.Workload, c r
 		in = strings.NewReader("")
 	}
 	h.start(d.cfg.Program, in, discard(c.Out), discard(c.Err), func() {})
+	defer c.PassSignals(func(sig syscall.Signal) error { return h.Signal(sig == syscall.SIGKILL) })()
 	e, err := h.Wait(ctx)
 	if err != nil {
 		_ = h.Signal(true)

@@ -78,7 +78,15 @@ func (d *Driver) Exec(ctx context.Context, instance string, c runtime.Cmd) (int,
 		defer stdin.Close() //nolint:errcheck // read by the command
 		cmd.Stdin, cmd.Stdout, cmd.Stderr = stdin, c.Out, c.Err
 	}
+	stop := c.PassSignals(func(sig syscall.Signal) error {
+		pid, err := readPid(pidFile)
+		if err != nil || !inCgroup(pid, instance) {
+			return err // not started yet, or gone
+		}
+		return unix.Kill(pid, sig)
+	})
 	err = cmd.Run()
+	stop()
 	finish()
 	if ctx.Err() != nil {
 		return -1, ctx.Err()
@@ -294,6 +302,7 @@ func (d *Driver) Run(ctx context.Context, w runtime.Workload, c runtime.Cmd) (ex
 	if err != nil {
 		return -1, errors.Join(err, h.Signal(true))
 	}
+	defer c.PassSignals(h.send)()
 	e, err := h.Wait(ctx)
 	if err != nil {
 		e = d.end(h, cmp.Or(w.Grace, oneOffGrace))

@@ -144,12 +144,15 @@ func (h *handle) Wait(ctx context.Context) (runtime.Exit, error) {
 // PID namespace goes with it. A program that is process 1 and has no handler
 // for SIGTERM does not see it.
 func (h *handle) Signal(kill bool) error {
+	if kill {
+		return h.send(unix.SIGKILL)
+	}
+	return h.send(unix.SIGTERM)
+}
+
+func (h *handle) send(sig unix.Signal) error {
 	if h.init == nil {
 		return nil
-	}
-	sig := unix.SIGTERM
-	if kill {
-		sig = unix.SIGKILL
 	}
 	rc, err := h.init.SyscallConn()
 	if err != nil {

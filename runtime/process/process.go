@@ -154,7 +154,12 @@ func (d *Driver) command(ctx context.Context, id string, w runtime.Workload, por
 	}
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = c.In, c.Out, c.Err
 	cmd.WaitDelay = lastOutput
-	err = cmd.Run()
+	if err := cmd.Start(); err != nil {
+		return -1, fmt.Errorf("run command: %w", err)
+	}
+	stop := c.PassSignals(func(sig syscall.Signal) error { return syscall.Kill(-cmd.Process.Pid, sig) })
+	err = cmd.Wait()
+	stop()
 	if ctx.Err() != nil {
 		return -1, ctx.Err()
 	}

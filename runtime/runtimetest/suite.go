@@ -57,6 +57,8 @@ func Suite(t *testing.T, open func(t *testing.T) Rig) {
 		{"logs are in order and can be followed", logs},
 		{"exec", execs},
 		{"run", runs},
+		{"a signal reaches a command", signals},
+		{"what runs once goes when it has ended", onceGoes},
 		{"events come to every watcher", events},
 		{"instances are there after reopening", reopen},
 		{"twenty come and go without trace", twenty},

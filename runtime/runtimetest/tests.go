@@ -10,6 +10,7 @@ import (
 	"net"
 	"slices"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/m3o/m3o"
@@ -349,6 +350,68 @@ func runs(f *fixture) {
 	if left := f.list(); len(left) != 0 {
 		f.Errorf("one-off commands are listed: %v", left)
 	}
+	f.clean()
+}
+
+func signals(f *fixture) {
+	in := f.ready(f.workload("serve"), 1)[0]
+	w := f.workload("mute")
+	w.Process, w.Port = "run", 0
+	for name, run := range map[string]func(runtime.Cmd) (int, error){
+		"Run":  func(c runtime.Cmd) (int, error) { return f.Driver.Run(f.ctx, w, c) },
+		"Exec": func(c runtime.Cmd) (int, error) { return f.Driver.Exec(f.ctx, in.ID, c) },
+	} {
+		sig, started := make(chan syscall.Signal, 1), make(chan struct{})
+		go func() {
+			<-started
+			sig <- syscall.SIGTERM
+		}()
+		code, err := run(runtime.Cmd{Args: []string{"/server", "mute"}, Out: signalWriter(started), Signals: sig})
+		if code != 0 || err != nil {
+			f.Errorf("%s after SIGTERM = %d, %v, want 0: the program ends well then", name, code, err)
+		}
+	}
+}
+
+func onceGoes(f *fixture) {
+	w := f.workload("exit", "7")
+	w.Process, w.Port, w.Once = "run-1", 0, true
+	gone := make(chan m3o.Instance, 1)
+	watching := make(chan struct{})
+	go func() {
+		defer close(gone)
+		seen := m3o.Phase("")
+		for e, err := range f.Driver.Events(f.ctx) {
+			if err != nil {
+				return
+			}
+			if e.ID == "" {
+				close(watching)
+				continue
+			}
+			if e.Phase == m3o.Exited && seen == m3o.Draining {
+				gone <- e
+				return
+			}
+			seen = e.Phase
+		}
+	}()
+	<-watching
+	f.start(w, 1)
+	if e := <-gone; e.Exit != 7 || e.Restarts != 0 {
+		f.Errorf("it went as %+v, want exit 7 and no restart", e)
+	}
+	if left := f.list(); len(left) != 0 {
+		f.Errorf("what ran once is still listed: %v", left)
+	}
+	f.Driver = f.Reopen(f.T)
+	if left := f.list(); len(left) != 0 {
+		f.Errorf("after reopening it came back: %v", left)
+	}
+	// While it runs it is like any other.
+	w.Args, w.Process = []string{"/server", "mute"}, "run-2"
+	f.ready(w, 1)
+	f.stop(w.Ref)
 	f.clean()
 }
 
