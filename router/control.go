@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"iter"
 	"net"
 	"net/http"
 	"net/url"
@@ -72,6 +73,14 @@ func (rt *Router) controlServer(ctx context.Context) *http.Server {
 		defer cancel()
 		return rt.Drain(ctx, q.Get("app"), release)
 	})
+	handle("GET /requests", func(r *http.Request) (any, error) {
+		window, err := time.ParseDuration(r.URL.Query().Get("window"))
+		if err != nil {
+			return nil, m3o.Errorf(m3o.Invalid, "window %q is not a duration", r.URL.Query().Get("window"))
+		}
+		return rt.Requests(r.URL.Query().Get("app"), window), nil
+	})
+	mux.HandleFunc("GET /follow", rt.serveFollow)
 	handle("GET /status", func(*http.Request) (any, error) { return rt.Status(), nil })
 	return &http.Server{
 		Handler:           onlySelf(mux),
@@ -159,7 +168,88 @@ func (c Client) Status(ctx context.Context) (Status, error) {
 	return s, err
 }
 
+// Requests asks for an app's requests, see Router.Requests.
+func (c Client) Requests(ctx context.Context, app string, window time.Duration) (Stats, error) {
+	var s Stats
+	err := c.do(ctx, http.MethodGet, "/requests?"+url.Values{"app": {app}, "window": {window.String()}}.Encode(), nil, &s)
+	return s, err
+}
+
+// Follow yields the requests of app ("" for all) as they end, until ctx does.
+// When the caller is too slow for them it misses some, and dropped says how
+// many so far. An error is the last thing it yields.
+func (c Client) Follow(ctx context.Context, app string) iter.Seq2[Followed, error] {
+	return func(yield func(Followed, error) bool) {
+		res, err := c.ask(ctx, http.MethodGet, "/follow?"+url.Values{"app": {app}}.Encode(), nil)
+		if err != nil {
+			yield(Followed{}, err)
+			return
+		}
+		defer res.Body.Close() //nolint:errcheck // read to the end or given up
+		dec := json.NewDecoder(res.Body)
+		for {
+			var f Followed
+			if err := dec.Decode(&f); err != nil {
+				if ctx.Err() == nil {
+					yield(f, m3o.Errorf(m3o.Unavailable, "the router ended: %w", err))
+				}
+				return
+			}
+			if !yield(f, nil) {
+				return
+			}
+		}
+	}
+}
+
+// Followed is one request that Follow tells of.
+type Followed struct {
+	Record
+	Dropped int64 `json:"dropped,omitempty"` // missed so far
+}
+
+// serveFollow writes a line of JSON for each request.
+func (rt *Router) serveFollow(w http.ResponseWriter, r *http.Request) {
+	s, stop := rt.tails.follow(r.URL.Query().Get("app"))
+	defer stop()
+	w.Header().Set("Content-Type", "application/x-ndjson")
+	rc := http.NewResponseController(w)
+	if rc.Flush() != nil {
+		return
+	}
+	enc := json.NewEncoder(w)
+	for {
+		select {
+		case <-r.Context().Done():
+			return
+		case rec := <-s.c:
+			if enc.Encode(Followed{rec, s.dropped.Load()}) != nil {
+				return
+			}
+			if len(s.c) == 0 && rc.Flush() != nil {
+				return
+			}
+		}
+	}
+}
+
 func (c Client) do(ctx context.Context, method, path string, body []byte, out any) error {
+	res, err := c.ask(ctx, method, path, body)
+	if err != nil {
+		return err
+	}
+	defer res.Body.Close() //nolint:errcheck // read to the end or given up
+	if out == nil {
+		return nil
+	}
+	if err := json.NewDecoder(io.LimitReader(res.Body, maxTableBytes)).Decode(out); err != nil {
+		return m3o.Errorf(m3o.Unavailable, "read the router's answer: %w", err)
+	}
+	return nil
+}
+
+// ask sends one call and returns its answer, whose body the caller closes.
+func (c Client) ask(ctx context.Context, method, path string, body []byte) (*http.Response, error) {
 	// Calls are rare and the router may be another one next time: no pooling.
 	t := &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 		var d net.Dialer
@@ -167,26 +257,19 @@ func (c Client) do(ctx context.Context, method, path string, body []byte, out an
 	}}
 	req, err := http.NewRequestWithContext(ctx, method, "http://router"+path, bytes.NewReader(body))
 	if err != nil {
-		return fmt.Errorf("ask router: %w", err)
+		return nil, fmt.Errorf("ask router: %w", err)
 	}
 	res, err := t.RoundTrip(req)
 	if err != nil {
-		return &m3o.Error{Kind: m3o.Unavailable, Msg: "the router does not answer", Hint: "it serves from its last table; m3od starts it again", Err: err}
+		return nil, &m3o.Error{Kind: m3o.Unavailable, Msg: "the router does not answer", Hint: "it serves from its last table; m3od starts it again", Err: err}
+	}
+	if res.StatusCode == http.StatusOK {
+		return res, nil
 	}
 	defer res.Body.Close() //nolint:errcheck // read to the end or given up
-	dec := json.NewDecoder(io.LimitReader(res.Body, maxTableBytes))
-	if res.StatusCode != http.StatusOK {
-		var f failure
-		if err := dec.Decode(&f); err != nil || f.Msg == "" {
-			return m3o.Errorf(m3o.Internal, "the router answered %s", res.Status)
-		}
-		return &m3o.Error{Kind: f.Kind, Msg: f.Msg, Hint: f.Hint}
+	var f failure
+	if err := json.NewDecoder(io.LimitReader(res.Body, maxTableBytes)).Decode(&f); err != nil || f.Msg == "" {
+		return nil, m3o.Errorf(m3o.Internal, "the router answered %s", res.Status)
 	}
-	if out == nil {
-		return nil
-	}
-	if err := dec.Decode(out); err != nil {
-		return m3o.Errorf(m3o.Unavailable, "read the router's answer: %w", err)
-	}
-	return nil
+	return nil, &m3o.Error{Kind: f.Kind, Msg: f.Msg, Hint: f.Hint}
 }

@@ -10,6 +10,7 @@ import (
 	"net/http"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/m3o/m3o"
 )
@@ -26,6 +27,9 @@ type request struct {
 	call   call
 	held   bool // call is counted on call.ep
 	tried  []*endpoint
+	rec    recorder // what w is
+	caller string   // who was let in, "" when nobody had to say
+	why    string   // why the router answered in the app's stead
 }
 
 // maxTries is to how many endpoints one request may be sent.
@@ -64,22 +68,31 @@ func (rt *Router) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 			return // answered
 		}
 	}
-	q.host.app.requests.Add(1)
-	q.host.app.inflight.Add(1)
+	q.relay(rest)
+}
+
+// relay counts the request, serves it and records how it went.
+func (q *request) relay(rest string) {
+	began, broken := time.Now(), true
+	q.rec.ResponseWriter, q.w = q.w, &q.rec
 	a := q.host.app
+	a.requests.Add(1)
+	a.inflight.Add(1)
 	defer func() {
+		q.record(began, broken)
 		if q.held {
 			q.call.done()
 		}
 		a.inflight.Add(-1)
 	}()
+	q.setOrigin()
 	if err := q.acquire(); err != nil {
 		q.failed("no endpoint", err)
-		problemOf(err, q.host.App).write(w, r)
-		return
+		problemOf(err, q.host.App).write(q.w, q.r)
+	} else {
+		q.serve(rest)
 	}
-	q.setOrigin()
-	q.serve(rest)
+	broken = false
 }
 
 func (q *request) serve(rest string) {
@@ -239,6 +252,7 @@ func (q *request) failed(what string, err error) {
 		return // the client's own choice
 	}
 	q.host.app.failures.Add(1)
+	q.why = what
 	q.rt.log.Debug(what, "app", q.host.App, "release", q.host.Release, "err", err)
 }
 

@@ -32,7 +32,10 @@ type host struct {
 }
 
 // app counts over all releases, and outlives every table.
-type app struct{ requests, failures, inflight atomic.Int64 }
+type app struct {
+	requests, failures, inflight atomic.Int64
+	stats                        stats
+}
 
 // releaseID names what is drained together.
 type releaseID struct {
@@ -351,6 +354,20 @@ func build(t Table, hash string, old *live, lim *limits) (*live, []*endpoint) {
 		}
 	}
 	return l, gone
+}
+
+// tidyStats drops counts of releases that are served no more, see stats.tidy.
+func (l *live) tidyStats() {
+	served := map[*app]map[int]bool{}
+	for _, h := range l.hosts {
+		if served[h.app] == nil {
+			served[h.app] = map[int]bool{}
+		}
+		served[h.app][h.Release] = true
+	}
+	for a, releases := range served {
+		a.stats.tidy(releases)
+	}
 }
 
 // errNoEndpoint says the app has nothing ready.

@@ -123,6 +123,7 @@ type Router struct {
 	certs   *certs
 	started time.Time
 	live    atomic.Pointer[live]
+	tails   tails
 
 	mu      sync.Mutex // guards retired and the order of puts
 	retired map[releaseID][]*endpoint
@@ -191,6 +192,7 @@ func (rt *Router) Put(t Table) error {
 		rt.retired[e.id] = append(rt.retired[e.id], e)
 	}
 	rt.forgetIdle()
+	l.tidyStats()
 	if rt.certs != nil {
 		rt.certs.forget(l)
 	}

@@ -1,0 +1,223 @@
+package router
+
+import (
+	"net/http"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+)
+
+// A Record is one request as it ended: what access logs, statistics and
+// followers of an app's requests get. It holds no header, body or query, which
+// may hold secrets.
+type Record struct {
+	Time     time.Time     `json:"time"` // when it began
+	Took     time.Duration `json:"took"` // nanoseconds, to the last byte
+	App      string        `json:"app"`
+	Release  int           `json:"release"`
+	Endpoint string        `json:"endpoint,omitempty"` // that answered, "" when none was asked
+	Host     string        `json:"host"`
+	Method   string        `json:"method"`
+	Path     string        `json:"path"` // without the query
+	Protocol string        `json:"protocol"`
+	RPC      string        `json:"rpc,omitempty"`  // "/package.Service/Method" of a call, "" for plain HTTP
+	Status   int           `json:"status"`         // HTTP status; 499 when the client left before there was one
+	Code     int           `json:"code,omitempty"` // gRPC status of a call
+	Out      int64         `json:"out"`            // bytes of the answer's body
+	Remote   string        `json:"remote"`         // address of the client, without its port
+	Caller   string        `json:"caller,omitempty"`
+	ID       string        `json:"id"`            // request id, which the app was given too
+	Broken   bool          `json:"broken"`        // the answer broke off
+	Err      string        `json:"err,omitempty"` // why the router answered in the app's stead
+}
+
+// The protocols of a Record.
+const (
+	protoHTTP      = "http"
+	protoWebSocket = "websocket"
+	protoGRPC      = "grpc"
+	protoGRPCWeb   = "grpc-web"
+	protoConnect   = "connect"
+	protoJSON      = "json" // JSON or a form for a gRPC app
+)
+
+// statusGone is nginx's status for a client that left before the answer.
+const statusGone = 499
+
+// failed says that the request went wrong on the serving side.
+func (r *Record) failed() bool {
+	if r.Broken || r.Status >= 500 {
+		return true
+	}
+	switch r.Code {
+	case 2, 4, grpcInternal, grpcUnavailable, 15: // unknown, deadline exceeded, data loss
+		return true
+	}
+	return false
+}
+
+// recorder notes what the client is answered. It is the http.ResponseWriter of
+// a request on its way through the router.
+type recorder struct {
+	http.ResponseWriter
+	status int
+	out    int64
+	call   rpcNote
+}
+
+type rpcNote struct {
+	method, protocol string
+	code             int
+	known            bool
+}
+
+// WriteHeader implements http.ResponseWriter.
+func (c *recorder) WriteHeader(status int) {
+	if c.status == 0 && (status >= 200 || status == http.StatusSwitchingProtocols) {
+		c.status = status
+	}
+	c.ResponseWriter.WriteHeader(status)
+}
+
+// Write implements http.ResponseWriter.
+func (c *recorder) Write(p []byte) (int, error) {
+	if c.status == 0 {
+		c.status = http.StatusOK
+	}
+	n, err := c.ResponseWriter.Write(p)
+	c.out += int64(n)
+	return n, err
+}
+
+// Flush implements http.Flusher.
+func (c *recorder) Flush() {
+	if c.status == 0 {
+		c.status = http.StatusOK
+	}
+	if f, ok := c.ResponseWriter.(http.Flusher); ok {
+		f.Flush()
+	}
+}
+
+// Unwrap lets http.ResponseController reach the connection.
+func (c *recorder) Unwrap() http.ResponseWriter { return c.ResponseWriter }
+
+// NoteRPC is called by a Gateway that finds it on its http.ResponseWriter:
+// which method a request was for ("/package.Service/Method"), in which protocol
+// ("grpc-web", "connect", "json") and how the call ended, as a gRPC status.
+func (c *recorder) NoteRPC(method, protocol string, code int) {
+	c.call = rpcNote{method, protocol, code, true}
+}
+
+// record makes the Record of a request that has ended and hands it on. It runs
+// while the handler's panic, if there is one, is on its way.
+func (q *request) record(began time.Time, broken bool) {
+	r, rec := q.r, &q.rec
+	x := Record{Time: began, Took: time.Since(began), App: q.host.App, Release: q.host.Release, Host: q.key, Method: r.Method,
+		Path: r.URL.Path, Status: rec.status, Out: rec.out, Remote: q.origin.ip, Caller: q.caller, ID: q.origin.id, Broken: broken, Err: q.why}
+	if q.byApp {
+		x.Host = hostOf(r.Host)
+	}
+	if q.call.ep != nil {
+		x.Endpoint, x.Release = q.call.ep.addr, q.call.ep.id.n
+	}
+	if broken && r.Context().Err() != nil {
+		x.Broken = false // the client's own doing
+	}
+	if x.Status == 0 {
+		x.Status = http.StatusBadGateway
+		if r.Context().Err() != nil {
+			x.Status = statusGone
+		}
+	}
+	x.Protocol, x.RPC, x.Code = q.protocol()
+	if len(x.Path) > 256 {
+		x.Path = x.Path[:256]
+	}
+	q.host.app.stats.add(&x)
+	q.rt.tails.send(&x)
+}
+
+// protocol says in which protocol a request was made, for which method and how
+// the call ended.
+func (q *request) protocol() (protocol, rpc string, code int) {
+	c := q.rec.call
+	switch {
+	case c.known:
+		return c.protocol, c.method, c.code
+	case isGRPC(q.r):
+		protocol, code = protoGRPC, 2 // unknown, unless the answer says
+		h := q.rec.Header()
+		for _, k := range [...]string{"Grpc-Status", http.TrailerPrefix + "Grpc-Status"} {
+			if v := h[k]; len(v) > 0 {
+				if n, err := strconv.Atoi(v[0]); err == nil {
+					code = n
+				}
+			}
+		}
+		if q.rec.status == 0 && q.r.Context().Err() != nil {
+			code = grpcCancelled
+		}
+		if code != grpcUnimplemented { // or anybody could make up methods
+			rpc = q.r.URL.Path
+		}
+		return protocol, rpc, code
+	case q.rec.status == http.StatusSwitchingProtocols && strings.EqualFold(q.r.Header.Get("Upgrade"), "websocket"):
+		return protoWebSocket, "", 0
+	}
+	return protoHTTP, "", 0
+}
+
+// tails are those who follow requests as they end. Sending never waits: who is
+// too slow misses some and is told how many.
+type tails struct {
+	n    atomic.Int32 // so that nobody listening costs one load
+	mu   sync.Mutex   // guards subs
+	subs map[*tail]struct{}
+}
+
+type tail struct {
+	app     string // "" for all
+	c       chan Record
+	dropped atomic.Int64
+}
+
+func (t *tails) send(r *Record) {
+	if t.n.Load() == 0 {
+		return
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for s := range t.subs {
+		if s.app != "" && s.app != r.App {
+			continue
+		}
+		select {
+		case s.c <- *r:
+		default:
+			s.dropped.Add(1)
+		}
+	}
+}
+
+// follow subscribes to an app's requests, "" for all, until stop is called.
+func (t *tails) follow(app string) (s *tail, stop func()) {
+	s = &tail{app: app, c: make(chan Record, 512)}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.subs == nil {
+		t.subs = map[*tail]struct{}{}
+	}
+	t.subs[s] = struct{}{}
+	t.n.Add(1)
+	return s, func() {
+		t.mu.Lock()
+		defer t.mu.Unlock()
+		if _, ok := t.subs[s]; ok {
+			delete(t.subs, s)
+			t.n.Add(-1)
+		}
+	}
+}
