@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/base64"
+	"encoding/json"
 	"fmt"
 	"log/slog"
 	"os"
@@ -462,5 +463,23 @@ func BenchmarkEnv20(b *testing.B) {
 		if _, err := c.Env(b.Context(), "hello", 1); err != nil {
 			b.Fatal(err)
 		}
+	}
+}
+
+func TestSealedOpensOnlyWhereItBelongs(t *testing.T) {
+	c := open(t)
+	data, err := json.Marshal(c.Seal("whsec_x", "notifier hello/1"))
+	if err != nil || strings.Contains(string(data), "whsec") {
+		t.Fatalf("sealed is %s, %v", data, err)
+	}
+	var box Sealed
+	if err := json.Unmarshal(data, &box); err != nil {
+		t.Fatal(err)
+	}
+	if got, err := c.Unseal(box, "notifier hello/1"); err != nil || got.Reveal() != "whsec_x" {
+		t.Errorf("Unseal = %q, %v", got.Reveal(), err)
+	}
+	if _, err := c.Unseal(box, "notifier hello/2"); err == nil {
+		t.Error("a moved box opens")
 	}
 }

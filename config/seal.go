@@ -62,3 +62,18 @@ func (s sealer) open(b sealed, where []byte) (m3o.Secret, error) {
 	}
 	return m3o.Secret(v), nil
 }
+
+// A Sealed is a secret as it may be stored outside config: in a record of its
+// owner, which cannot be opened anywhere else.
+type Sealed struct{ sealed }
+
+// Seal closes a secret that belongs to where: the kind of record and its key,
+// such as "notifier hello/3". Only Unseal with the same where opens it.
+func (c *Config) Seal(v m3o.Secret, where string) Sealed {
+	return Sealed{c.seal.seal(v, place("", 0, where, true))}
+}
+
+// Unseal opens what Seal closed.
+func (c *Config) Unseal(b Sealed, where string) (m3o.Secret, error) {
+	return c.seal.open(b.sealed, place("", 0, where, true))
+}
