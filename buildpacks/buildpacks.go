@@ -1,6 +1,6 @@
 // Package buildpacks holds what every builder agrees on: the Plan a detector
-// makes of a source tree, and the two files a pushed tree may carry, Procfile
-// and m3o.yaml. It plans; package build below it runs the plan. It knows
+// makes of a source tree, and the three files a pushed tree may carry, Procfile,
+// app.json and m3o.yaml. It plans; package build below it runs the plan. It knows
 // nothing of apps, releases or users.
 package buildpacks
 
@@ -20,6 +20,7 @@ const AppDir = "/app"
 const (
 	ProcfileName = "Procfile"
 	ManifestName = "m3o.yaml"
+	AppJSONName  = "app.json"
 )
 
 // A Plan says how to build a tree and what to run from the image.
@@ -34,6 +35,7 @@ type Plan struct {
 	Env       map[string]string // put into the image
 	Vendor    bool              // dependencies come with the tree
 	Notes     []string          // lines for the pusher
+	Files     Files             // what the tree's own files say; Files.Apply sets it
 }
 
 // A Target is one binary to build.

@@ -91,14 +91,14 @@ func TestParseManifest(t *testing.T) {
 		"":            {},
 		"# nothing\n": {},
 		"---\n":       {},
-		"build:\n  dir: ./services/api/\n  main: cmd/server\n": {Dir: "services/api", Main: "./cmd/server"},
-		"build: {dir: ., main: .}":                             {Main: "."},
+		"build:\n  dir: ./services/api/\n  main: cmd/server\n": {Build: BuildKeys{Dir: "services/api", Main: "./cmd/server"}},
+		"build: {dir: ., main: .}":                             {Build: BuildKeys{Main: "."}},
 		"health:\n  http: /healthz\n  timeout: 1m30s\n":        {Health: m3o.Health{Kind: "http", Path: "/healthz", Timeout: 90 * time.Second}},
 		"health: {grpc: true}":                                 {Health: m3o.Health{Kind: "grpc"}},
 		"health: {tcp: true}":                                  {Health: m3o.Health{Kind: "tcp"}},
 	} {
 		got, err := ParseManifest("m3o.yaml", []byte(in))
-		if err != nil || got != want {
+		if err != nil || !cmp.Equal(got, want) {
 			t.Errorf("ParseManifest(%q) = %+v, %v, want %+v", in, got, err, want)
 		}
 	}
@@ -145,8 +145,36 @@ func FuzzManifest(f *testing.F) {
 			}
 			return
 		}
-		if strings.HasPrefix(m.Dir, "/") || strings.HasPrefix(m.Dir, "..") || strings.HasPrefix(m.Main, "/") || strings.HasPrefix(m.Main, "-") {
+		if strings.HasPrefix(m.Build.Dir, "/") || strings.HasPrefix(m.Build.Dir, "..") || strings.HasPrefix(m.Build.Main, "/") || strings.HasPrefix(m.Build.Main, "-") {
 			t.Errorf("%+v", m)
 		}
 	})
+}
+
+func TestParseBuildKeys(t *testing.T) {
+	in := "build:\n  tags: [netgo, x]\n  ldflags: -X main.v=$VERSION\n  flags:\n    - -race=false\n  files: [static, \"migrations/*.sql\"]\n  test: true\n  args: {A: 1, B: \"\"}\n  binaries: [cmd/migrate]\n"
+	got, err := ParseManifest("m3o.yaml", []byte(in))
+	want := BuildKeys{Tags: []string{"netgo", "x"}, LDFlags: "-X main.v=$VERSION", Flags: []string{"-race=false"}, Files: []string{"static", "migrations/*.sql"},
+		Test: true, Args: map[string]string{"A": "1", "B": ""}, Binaries: []string{"./cmd/migrate"}}
+	if diff := cmp.Diff(want, got.Build); err != nil || diff != "" {
+		t.Errorf("%v %s", err, diff)
+	}
+	for in, want := range map[string]string{
+		"build: {flags: [-toolexec=x]}":  `m3o.yaml:1: build.flags[0] "-toolexec=x" is not possible`,
+		"build: {flags: x}":              `m3o.yaml:1: build.flags is not a list`,
+		"build:\n  files:\n  - ../x":     `m3o.yaml:3: build.files[0] "../x" leads out`,
+		"build:\n  files:\n  - .git":     `m3o.yaml:3: build.files[0] ".git" leads out`,
+		"build: {files: [\"[\"]}":        `m3o.yaml:1: build.files[0] "[" is not a pattern`,
+		"build: {args: {a-b: 1}}":        `m3o.yaml:1: build.args: the name "a-b" is not the name of an ARG`,
+		"build: {args: {A: [1]}}":        `m3o.yaml:1: build.args.A has no text`,
+		"build: {test: yes}":             `m3o.yaml:1: build.test is "yes"`,
+		"build: {builder: make}":         `m3o.yaml:1: build.builder is "make"`,
+		"build: {tags: [\"a b\"]}":       `m3o.yaml:1: build.tags[0] "a b" is not a build tag`,
+		"build:\n  ldflags: \"a\\nb\"\n": `m3o.yaml:2: build.ldflags "a\nb" is more than one line`,
+	} {
+		_, err := ParseManifest("m3o.yaml", []byte(in))
+		if m3o.KindOf(err) != m3o.Invalid || !strings.HasPrefix(err.Error(), want) || m3o.HintOf(err) == "" {
+			t.Errorf("ParseManifest(%q) = %v (hint %q), want %s…", in, err, m3o.HintOf(err), want)
+		}
+	}
 }

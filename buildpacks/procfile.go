@@ -2,6 +2,7 @@ package buildpacks
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"regexp"
 	"strconv"
@@ -237,6 +238,15 @@ func (s *splitter) variable(back state) state {
 
 func bad(file string, line int, what, fix string) error {
 	return &m3o.Error{Kind: m3o.Invalid, Msg: fmt.Sprintf("%s:%d: %s", file, line, what), Hint: fix}
+}
+
+// inFile is an error of a Procfile line as one of another file.
+func inFile(err error, file string) error {
+	e, ok := errors.AsType[*m3o.Error](err)
+	if !ok {
+		return err
+	}
+	return &m3o.Error{Kind: e.Kind, Msg: file + strings.TrimPrefix(e.Msg, ProcfileName), Hint: strings.ReplaceAll(e.Hint, "a "+ProcfileName, file)}
 }
 
 // short keeps a quoted piece of the user's file fit for one line.

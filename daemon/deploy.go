@@ -13,7 +13,6 @@ import (
 	"github.com/m3o/m3o"
 	"github.com/m3o/m3o/buildpacks"
 	"github.com/m3o/m3o/buildpacks/build"
-	"github.com/m3o/m3o/buildpacks/golang"
 	"github.com/m3o/m3o/buildpacks/source"
 	"github.com/m3o/m3o/gitserver"
 	"github.com/m3o/m3o/release"
@@ -168,11 +167,6 @@ func (d *Daemon) build(ctx context.Context, src m3o.Source, tree *source.Tree, w
 		return nil, res, err
 	}
 	return plan, res, nil
-}
-
-// plan asks each buildpack in turn.
-func (d *Daemon) plan(ctx context.Context, tree *source.Tree) (*buildpacks.Plan, error) {
-	return golang.Plan(ctx, tree)
 }
 
 // A deployment is a release that the router already leads to, whose deploy is

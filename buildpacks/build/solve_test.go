@@ -19,6 +19,7 @@ import (
 
 	"github.com/containerd/containerd/v2/core/content"
 	"github.com/m3o/m3o"
+	"github.com/m3o/m3o/buildpacks"
 	"github.com/m3o/m3o/buildpacks/golang"
 	"github.com/m3o/m3o/buildpacks/source"
 	"github.com/m3o/m3o/internal/need"
@@ -211,8 +212,15 @@ func build(ctx context.Context, t testing.TB, b *Builder, src m3o.Source, change
 		t.Fatal(err)
 	}
 	defer tree.Close()
-	plan, err := golang.Plan(ctx, tree)
+	files, err := buildpacks.ReadFiles(tree)
 	if err != nil {
+		return Result{}, "", err
+	}
+	plan, err := golang.Plan(ctx, tree, files)
+	if err != nil {
+		return Result{}, "", err
+	}
+	if err := files.Apply(plan); err != nil {
 		return Result{}, "", err
 	}
 	var out bytes.Buffer

@@ -6,7 +6,6 @@ package golang
 import (
 	"cmp"
 	"context"
-	"errors"
 	"fmt"
 	"io/fs"
 	"path"
@@ -29,7 +28,7 @@ func Detect(tree fs.FS, dir string) bool {
 	return slices.ContainsFunc(subdirs(tree, path.Join(dir, "cmd")), func(d string) bool { return hasGo(tree, d) })
 }
 
-// Plan reads go.mod, Procfile and m3o.yaml and decides what to build and run.
+// Plan decides what to build and run, by go.mod and what files says.
 //
 // The main packages considered are the module's root, the folders up to three
 // levels below cmd, those that go.mod names by "// +heroku install", and
@@ -41,15 +40,8 @@ func Detect(tree fs.FS, dir string) bool {
 //
 // Processes start with one replica each. Errors are of kind Invalid and say
 // what to write.
-func Plan(ctx context.Context, tree fs.FS) (*buildpacks.Plan, error) {
-	var man buildpacks.Manifest
-	if b, err := read(tree, buildpacks.ManifestName); err == nil {
-		if man, err = buildpacks.ParseManifest(buildpacks.ManifestName, b); err != nil {
-			return nil, err
-		}
-	} else if !errors.Is(err, fs.ErrNotExist) {
-		return nil, err
-	}
+func Plan(ctx context.Context, tree fs.FS, files buildpacks.Files) (*buildpacks.Plan, error) {
+	man := files.Manifest.Build
 	p := planner{ctx: ctx, tree: tree, man: man, dir: cmp.Or(man.Dir, ".")}
 	mod, err := p.readMod()
 	if err != nil {
@@ -61,7 +53,6 @@ func Plan(ctx context.Context, tree fs.FS) (*buildpacks.Plan, error) {
 		Toolchain: mod.toolchain,
 		Dir:       p.dir,
 		Processes: map[string]m3o.Process{},
-		Health:    man.Health,
 		Vendor:    mod.vendor,
 	}
 	if exists(tree, path.Join(p.dir, "go.work")) || exists(tree, "go.work") {
@@ -70,15 +61,10 @@ func Plan(ctx context.Context, tree fs.FS) (*buildpacks.Plan, error) {
 	if err := p.findMains(); err != nil {
 		return nil, err
 	}
-	procfile, err := read(tree, buildpacks.ProcfileName)
-	switch {
-	case errors.Is(err, fs.ErrNotExist):
+	if files.HasProcfile {
+		err = p.byProcfile(files.Procfile)
+	} else {
 		err = p.choose()
-	case err == nil:
-		var lines []buildpacks.ProcessLine
-		if lines, err = buildpacks.ParseProcfile(procfile); err == nil {
-			err = p.byProcfile(lines)
-		}
 	}
 	if err != nil {
 		return nil, err
@@ -89,7 +75,7 @@ func Plan(ctx context.Context, tree fs.FS) (*buildpacks.Plan, error) {
 type planner struct {
 	ctx   context.Context
 	tree  fs.FS
-	man   buildpacks.Manifest
+	man   buildpacks.BuildKeys
 	dir   string // of the module in the tree, "." or slash path
 	mod   goModule
 	mains []mainPkg

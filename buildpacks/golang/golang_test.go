@@ -35,6 +35,21 @@ func with(more map[string]string) fs.FS {
 	return tree(all)
 }
 
+// plan does what the daemon does with a tree.
+func plan(t *testing.T, tree fs.FS) (*buildpacks.Plan, error) {
+	t.Helper()
+	files, err := buildpacks.ReadFiles(tree)
+	if err != nil {
+		return nil, err
+	}
+	p, err := Plan(t.Context(), tree, files)
+	if err == nil {
+		err = files.Apply(p)
+		p.Files = buildpacks.Files{}
+	}
+	return p, err
+}
+
 func web(cmd ...string) map[string]m3o.Process {
 	return map[string]m3o.Process{"web": {Command: cmd, Replicas: 1, Port: 8080}}
 }
@@ -90,7 +105,7 @@ func TestPlan(t *testing.T) {
 		if want.Toolchain == "" {
 			want.Toolchain = "go1.26"
 		}
-		got, err := Plan(t.Context(), c.tree)
+		got, err := plan(t, c.tree)
 		if err != nil {
 			t.Errorf("%s: %v", name, err)
 		} else if d := cmp.Diff(&want, got); d != "" {
@@ -126,7 +141,7 @@ func TestBadTreesSayWhatToWrite(t *testing.T) {
 		"go.mod is a folder":      {tree(map[string]string{"go.mod/x": "", "main.go": mainFile}), "go.mod is a folder", ""},
 		"huge go.mod":             {tree(map[string]string{"go.mod": strings.Repeat("//\n", 1e6)}), "go.mod is larger than 1 MB", ""},
 	} {
-		p, err := Plan(t.Context(), c.tree)
+		p, err := plan(t, c.tree)
 		if m3o.KindOf(err) != m3o.Invalid || !strings.HasPrefix(err.Error(), c.msg) || !strings.Contains(m3o.HintOf(err), c.hint) {
 			t.Errorf("%s: Plan = %+v, %v (hint %q), want %s… (hint …%s…)", name, p, err, m3o.HintOf(err), c.msg, c.hint)
 		}
@@ -159,7 +174,7 @@ func TestSampleApps(t *testing.T) {
 	}
 	for _, d := range dirs {
 		name := filepath.Base(filepath.Dir(d))
-		_, err := Plan(t.Context(), os.DirFS(filepath.Dir(d)))
+		_, err := plan(t, os.DirFS(filepath.Dir(d)))
 		if bad := name == "no-main"; bad != (m3o.KindOf(err) == m3o.Invalid) || !bad && err != nil {
 			t.Errorf("%s: %v", name, err)
 		}
@@ -171,7 +186,7 @@ func FuzzGoMod(f *testing.F) {
 		f.Add(s)
 	}
 	f.Fuzz(func(t *testing.T, s string) {
-		p, err := Plan(t.Context(), tree(map[string]string{"go.mod": s, "main.go": mainFile, "cmd/a/main.go": mainFile}))
+		p, err := plan(t, tree(map[string]string{"go.mod": s, "main.go": mainFile, "cmd/a/main.go": mainFile}))
 		if err != nil {
 			if m3o.KindOf(err) != m3o.Invalid {
 				t.Errorf("error %q is not the user's", err)

@@ -13,6 +13,7 @@ import (
 	"strings"
 
 	"github.com/m3o/m3o"
+	"github.com/m3o/m3o/buildpacks"
 )
 
 // maxDirs bounds how many folders are looked into for main packages.
@@ -202,7 +203,7 @@ func (p *planner) claimsMain(dir string) bool {
 	des, _ := fs.ReadDir(p.tree, dir)
 	for _, de := range des {
 		if n := de.Name(); strings.HasSuffix(n, ".go") && !strings.HasSuffix(n, "_test.go") {
-			if b, err := read(p.tree, path.Join(dir, n)); err == nil && packageMain.Match(b) {
+			if b, err := buildpacks.ReadSmall(p.tree, path.Join(dir, n)); err == nil && packageMain.Match(b) {
 				return true
 			}
 		}

@@ -10,12 +10,10 @@ import (
 	"strings"
 
 	"github.com/m3o/m3o"
+	"github.com/m3o/m3o/buildpacks"
 	"golang.org/x/mod/modfile"
 	"golang.org/x/mod/module"
 )
-
-// maxFile bounds what is read whole: go.mod, Procfile, m3o.yaml.
-const maxFile = 1 << 20
 
 // goModule is what a go.mod says, as far as a build is concerned.
 type goModule struct {
@@ -25,20 +23,6 @@ type goModule struct {
 	vendor    bool
 }
 
-func read(tree fs.FS, name string) ([]byte, error) {
-	fi, err := fs.Stat(tree, name)
-	if err != nil {
-		return nil, err
-	}
-	if fi.IsDir() {
-		return nil, m3o.Errorf(m3o.Invalid, "%s is a folder, not a file", name)
-	}
-	if fi.Size() > maxFile {
-		return nil, m3o.Errorf(m3o.Invalid, "%s is larger than 1 MB", name)
-	}
-	return fs.ReadFile(tree, name)
-}
-
 func exists(tree fs.FS, name string) bool {
 	_, err := fs.Stat(tree, name)
 	return err == nil
@@ -46,7 +30,7 @@ func exists(tree fs.FS, name string) bool {
 
 func (p *planner) readMod() (goModule, error) {
 	name := path.Join(p.dir, "go.mod")
-	b, err := read(p.tree, name)
+	b, err := buildpacks.ReadSmall(p.tree, name)
 	if errors.Is(err, fs.ErrNotExist) {
 		return goModule{}, p.noMod()
 	}

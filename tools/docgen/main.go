@@ -2,6 +2,7 @@
 //
 //	docs/cli.md        all of it, from "m3o help --markdown"
 //	docs/api.md        all of it, from api/m3o/v1/m3o.proto and its comments
+//	docs/m3o.schema.json  all of it, from the table of m3o.yaml's keys
 //	docs/operating.md  the table of m3od's settings, between two marks
 //
 // Run it in the repository's root: go run ./tools/docgen. Its test fails when
@@ -18,6 +19,7 @@ import (
 	"os/signal"
 	"path/filepath"
 
+	"github.com/m3o/m3o/buildpacks"
 	"github.com/m3o/m3o/internal/atomicfile"
 )
 
@@ -64,6 +66,7 @@ var documents = []document{
 	{"docs/cli.md", cli},
 	{"docs/api.md", api},
 	{"docs/operating.md", settings},
+	{"docs/m3o.schema.json", func(context.Context, string, []byte) ([]byte, error) { return buildpacks.Schema(), nil }},
 }
 
 // cli asks the command itself: its table of commands is its own.
