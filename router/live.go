@@ -55,6 +55,7 @@ type endpoint struct {
 	// either it backs off or Drain sees it: no request slips between.
 	retired atomic.Bool
 	failed  atomic.Int64 // unix nanoseconds of the last dial that failed
+	outlier outlier
 	h1      h1pool
 	h2      *http.Transport
 
@@ -240,12 +241,17 @@ func (e *dialError) Unwrap() error { return e.err }
 // avoidFor is how long an endpoint whose dial failed is the last choice.
 const avoidFor = time.Second
 
+// resting says that e should be chosen only when there is no other.
 func (e *endpoint) resting(now int64) bool {
 	f := e.failed.Load()
-	return f != 0 && now-f < int64(avoidFor)
+	return f != 0 && now-f < int64(avoidFor) || e.outlier.ejected(now)
 }
 
-// pick chooses the less loaded of two endpoints at random, not in tried.
+// suspect says that resting has to be asked; it is cheaper.
+func (e *endpoint) suspect() bool { return e.failed.Load()|e.outlier.until.Load() != 0 }
+
+// pick chooses the less loaded of two endpoints at random, not in tried, or
+// when both are resting the least loaded of all.
 func (h *host) pick(tried []*endpoint) *endpoint {
 	switch n := len(h.pool); {
 	case n == 0:
@@ -261,7 +267,10 @@ func (h *host) pick(tried []*endpoint) *endpoint {
 		if j >= i {
 			j++
 		}
-		return h.better(h.pool[i], h.pool[j])
+		best := h.better(h.pool[i], h.pool[j])
+		if !best.suspect() || !best.resting(time.Now().UnixNano()) {
+			return best
+		}
 	}
 	var best *endpoint
 	for _, e := range h.pool {
@@ -276,7 +285,7 @@ func (h *host) pick(tried []*endpoint) *endpoint {
 }
 
 func (h *host) better(a, b *endpoint) *endpoint {
-	if a.failed.Load()|b.failed.Load() != 0 {
+	if a.suspect() || b.suspect() {
 		now := time.Now().UnixNano()
 		if ra, rb := a.resting(now), b.resting(now); ra != rb {
 			if ra {

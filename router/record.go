@@ -136,6 +136,7 @@ func (q *request) record(began time.Time, broken bool) {
 	if len(x.Path) > 256 {
 		x.Path = x.Path[:256]
 	}
+	q.judge(&x)
 	q.host.app.stats.add(&x)
 	q.rt.tails.send(&x)
 }
