@@ -15,6 +15,12 @@ help: ## list the targets
 
 deps: ## install what is missing: git, ssh, a C compiler and libseccomp for runc, CA roots
 	@tools/deps.sh
+	@$(MAKE) -s testdata/webhooks/node_modules
+
+# Webhook payloads that others wrote; tests read them.
+testdata/webhooks/node_modules: testdata/webhooks/package.json
+	@cd testdata/webhooks && npm install --no-audit --no-fund --no-package-lock --ignore-scripts --loglevel=error >/dev/null
+	@touch $@
 
 build: engines ## build m3o, m3od, m3o-shim and, when stale, runc and buildkitd into bin/
 	$(GOBUILD) -ldflags '$(LDFLAGS)' -o bin/ ./cmd/m3o ./cmd/m3od ./cmd/m3o-shim

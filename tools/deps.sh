@@ -13,6 +13,7 @@ want gcc gcc
 want pkg-config pkg-config
 want protoc protobuf-compiler
 want curl curl
+want npm npm # webhook payloads to test with
 want ip iproute2
 want certutil libnss3-tools # m3o trust writes browsers' stores
 [ -e /etc/ssl/certs/ca-certificates.crt ] || missing+=(ca-certificates)

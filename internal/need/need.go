@@ -79,3 +79,12 @@ func goEnv(t testing.TB, key string) string {
 	}
 	return strings.TrimSpace(string(out))
 }
+
+// Dir needs a directory that something outside Go installs: what names the
+// need, and how says who makes it.
+func Dir(t testing.TB, what, dir, how string) {
+	t.Helper()
+	if fi, err := os.Stat(dir); err != nil || !fi.IsDir() {
+		lack(t, what, dir+" is not there; "+how)
+	}
+}
