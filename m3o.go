@@ -16,6 +16,9 @@ type App struct {
 	Owner   string    // user name of who created it
 	Branch  string    // the branch whose pushes deploy; "main" when empty
 	Created time.Time // UTC
+	// Sleep is the idle time after which the app is stopped until a request
+	// comes, where neither m3o ps:sleep nor m3o.yaml says; 0: never.
+	Sleep time.Duration
 }
 
 // DeployBranch is the branch whose pushes deploy the app.
@@ -70,13 +73,57 @@ type Process struct {
 	Command  []string // argv; never through a shell
 	Replicas int
 	Port     int // the port it listens on, injected as PORT; 0 for a worker
+	Limits   Limits
+	Scaling  Scaling
 }
 
-// A Health check decides when an instance may get requests.
+// Limits bound what one instance may take. The zero value of a field means
+// the platform's default.
+type Limits struct {
+	MemoryBytes int64         // 512 MB
+	CPUMillis   int64         // thousandths of a core; no limit
+	Pids        int64         // processes and threads; 1024
+	Files       int64         // open files; 65,536
+	Grace       time.Duration // from SIGTERM to SIGKILL; 30 s
+}
+
+// Scaling says between which bounds the number of instances follows the load.
+// The zero Scaling leaves it as it was set.
+type Scaling struct {
+	Min, Max    int
+	Concurrency int // requests in flight an instance should have; 0: not looked at
+	CPU         int // percent of its CPU limit, or of one core, it should use; 0: not looked at
+}
+
+// On reports whether the number of instances follows the load.
+func (s Scaling) On() bool { return s.Max > 0 && (s.Concurrency > 0 || s.CPU > 0) }
+
+// A Check is one question to an instance and how its answers count. Zero
+// fields mean the defaults of what it is used for.
+type Check struct {
+	Kind     string        // "grpc", "http", "tcp" or ""
+	Path     string        // HTTP only
+	Service  string        // gRPC only: whose health is asked; "" for the whole server's
+	Period   time.Duration // between two questions
+	Answer   time.Duration // how long one answer may take
+	Failures int           // bad answers in a row that count
+}
+
+// A Health check decides when an instance may get requests, and when it has to
+// be restarted.
 type Health struct {
 	Kind    string        // "grpc", "http", "tcp", or "" to detect: gRPC health where served, else TCP
 	Path    string        // HTTP only
 	Timeout time.Duration // how long an instance may take to become healthy; 0 means 60 s
+
+	Service   string        // gRPC only: whose health is asked; "" for the whole server's
+	Period    time.Duration // between two questions to a healthy instance; 0 means 5 s
+	Answer    time.Duration // how long one answer may take; 0 means 3 s
+	Failures  int           // bad answers in a row that take it out of routing; 0 means 3
+	Successes int           // good answers in a row that bring it in; 0 means 2
+	// Liveness restarts an instance after Failures (3) bad answers, a Period
+	// (10 s) apart. Its Kind "" means that there is no such check.
+	Liveness Check
 }
 
 // A Release is the whole of what runs: immutable once written. Rolling back
@@ -90,7 +137,9 @@ type Release struct {
 	Processes   map[string]Process
 	Command     []string // the release command, nil when none
 	Health      Health
-	Descriptors string // digest of the FileDescriptorSet, "sha256:…"; "" when the app has none
+	Sleep       time.Duration // idle time after which it is stopped until a request comes; 0: never
+	AutoRevert  bool          // rolled back by itself when it starts crashing soon after going live
+	Descriptors string        // digest of the FileDescriptorSet, "sha256:…"; "" when the app has none
 	Commit      string
 	Message     string // subject line of the commit
 	Reason      string // "git push", "rollback to v3", "config set FOO"
@@ -125,6 +174,7 @@ type Instance struct {
 	Exit     int // exit code, valid once Exited; 128+n for signal n
 	OOM      bool
 	Restarts int
+	Revision int       // of the workload it runs, see runtime.Workload
 	At       time.Time // when Phase was entered
 }
 

@@ -40,7 +40,7 @@ func (r *Reconciler) keep(ctx context.Context, in *instance) {
 		var exit Exit
 		if h != nil {
 			var ended, calm bool
-			exit, ended, calm = r.watch(ctx, in, h)
+			exit, ended, calm, err = r.watch(ctx, in, h)
 			if calm {
 				crashes = 0
 			}
@@ -65,21 +65,25 @@ func (r *Reconciler) keep(ctx context.Context, in *instance) {
 			r.finish(ctx, in, exit)
 			return
 		}
+		rest := pause(crashes)
+		crashes++
 		r.change(in, func() {
 			in.handle, in.Phase, in.Exit, in.OOM = nil, m3o.Exited, exit.Code, exit.OOM
 			in.At, in.Addr = exit.At, ""
-			in.why = err
+			in.why, in.crashes, in.next, in.record.Last = err, crashes, time.Now().Add(rest), exit
 		})
-		r.log.Warn("instance exited", "instance", in.ID, "exit", exit.Code, "oom", exit.OOM)
+		r.log.Warn("instance exited", "instance", in.ID, "exit", exit.Code, "oom", exit.OOM, "err", err)
 		select {
 		case <-ctx.Done():
 			return
 		case <-in.stop:
 			continue
-		case <-time.After(pause(crashes)):
+		case <-time.After(rest):
 		}
-		crashes++
-		r.change(in, func() { in.Phase, in.At, in.Exit, in.OOM = m3o.Starting, time.Now(), 0, false; in.Restarts++ })
+		r.change(in, func() {
+			in.Phase, in.At, in.Exit, in.OOM, in.next = m3o.Starting, time.Now(), 0, false, time.Time{}
+			in.Restarts++
+		})
 		r.write(in, func(rec *record) { rec.Restarts++; rec.Ready = false })
 	}
 }
@@ -151,16 +155,17 @@ var expired = func() context.Context {
 	return ctx
 }()
 
-// watch follows a launched instance until it ends by itself, is told to go, or
-// ctx ends. calm is whether it was well for long.
-func (r *Reconciler) watch(ctx context.Context, in *instance, h Handle) (exit Exit, ended, calm bool) {
+// watch follows a launched instance until it ends by itself or is ended
+// because it lives no more (why says so), is told to go, or ctx ends. calm is
+// whether it was well for long.
+func (r *Reconciler) watch(ctx context.Context, in *instance, h Handle) (exit Exit, ended, calm bool, why error) {
 	r.mu.Lock()
 	was := in.record.Ready // an instance found running keeps its phase until probes say otherwise
 	w := in.record.Workload
 	r.mu.Unlock()
 	if was { // it may have ended since
 		if exit, err := h.Wait(expired); err == nil {
-			return exit, true, false
+			return exit, true, false, nil
 		}
 	}
 	r.change(in, func() {
@@ -169,11 +174,16 @@ func (r *Reconciler) watch(ctx context.Context, in *instance, h Handle) (exit Ex
 			in.Phase, in.At = m3o.Ready, time.Now()
 		}
 	})
+	outer := ctx
 	ctx, cancel := context.WithCancel(ctx)
 	var all sync.WaitGroup
 	defer all.Wait()
 	defer cancel()
+	dead := make(chan error, 1)
 	all.Go(func() { r.probe(ctx, in, w, h.Addr(), was) })
+	if c := w.Health.Liveness; c.Kind != "" && h.Addr() != "" {
+		all.Go(func() { r.live(ctx, in, c, h.Addr(), dead) })
+	}
 	type result struct {
 		exit Exit
 		err  error
@@ -185,13 +195,18 @@ func (r *Reconciler) watch(ctx context.Context, in *instance, h Handle) (exit Ex
 	})
 	select {
 	case <-ctx.Done():
-		return Exit{}, false, false
+		return Exit{}, false, false, nil
 	case <-in.stop:
-		return Exit{}, false, false
+		return Exit{}, false, false, nil
+	case why := <-dead:
+		r.becomes(in, m3o.Unhealthy, why)
+		r.log.Warn("instance is restarted", "instance", in.ID, "err", why)
+		exit := r.terminate(outer, in, h)
+		return exit, outer.Err() == nil, false, why
 	case res := <-done:
 		if res.err != nil {
 			if ctx.Err() != nil {
-				return Exit{}, false, false
+				return Exit{}, false, false, nil
 			}
 			r.log.Error("cannot wait for an instance", "instance", in.ID, "err", res.err)
 			res.exit = Exit{Code: -1, At: time.Now()}
@@ -199,66 +214,7 @@ func (r *Reconciler) watch(ctx context.Context, in *instance, h Handle) (exit Ex
 		r.mu.Lock()
 		calm = in.Phase == m3o.Ready && time.Since(in.At) > settled
 		r.mu.Unlock()
-		return res.exit, true, calm
-	}
-}
-
-// The rhythm of the health probes.
-const (
-	goodAnswers = 2 // one can come from a process about to crash
-	badAnswers  = 3
-	firstLook   = 5 * time.Millisecond // after launch; doubles while nothing answers
-	slowLook    = 500 * time.Millisecond
-	secondLook  = 25 * time.Millisecond // after the first good answer
-	steadyLook  = 5 * time.Second
-	workerUp    = time.Second // a worker is ready when it has not exited by then
-)
-
-// probe turns answers into phases until ctx ends.
-func (r *Reconciler) probe(ctx context.Context, in *instance, w Workload, addr string, ready bool) {
-	if addr == "" {
-		if !ready && sleep(ctx, workerUp) {
-			r.becomes(in, m3o.Ready, nil)
-		}
-		return
-	}
-	health := w.Health
-	good, bad := 0, 0
-	for wait := firstLook; sleep(ctx, wait); {
-		proto, err := r.ask(ctx, addr, health)
-		if ctx.Err() != nil {
-			return
-		}
-		if err == nil {
-			good, bad = good+1, 0
-			if good >= goodAnswers && !ready {
-				ready = true
-				r.becomes(in, m3o.Ready, nil)
-			}
-			if wait = secondLook; ready {
-				wait = steadyLook
-			}
-			if proto == TCP && health.Kind == "" && ready {
-				// It accepts but answers none of our questions: asking them
-				// every time would only fill its log.
-				health.Kind = "tcp"
-			}
-			continue
-		}
-		good, bad = 0, bad+1
-		switch {
-		case ready && bad >= badAnswers:
-			ready = false
-			r.becomes(in, m3o.Unhealthy, err)
-		default:
-			r.mu.Lock()
-			in.why = err
-			r.mu.Unlock()
-		}
-		wait = min(max(wait, firstLook)*3/2, slowLook)
-		if ready {
-			wait = slowLook
-		}
+		return res.exit, true, calm, nil
 	}
 }
 
@@ -273,12 +229,6 @@ func sleep(ctx context.Context, d time.Duration) bool {
 	}
 }
 
-func (r *Reconciler) becomes(in *instance, p m3o.Phase, why error) {
-	r.change(in, func() { in.Phase, in.At, in.why = p, time.Now(), why })
-	r.log.Info("instance is "+string(p), "instance", in.ID, "app", in.App, "release", in.Release)
-	r.write(in, func(rec *record) { rec.Ready = p == m3o.Ready })
-}
-
 // killed bounds how long the end of an instance may take after SIGKILL.
 const killed = 10 * time.Second
 
@@ -288,6 +238,12 @@ func (r *Reconciler) end(ctx context.Context, in *instance, h Handle) {
 	r.change(in, func() { in.Phase, in.At = m3o.Draining, time.Now() })
 	exit := Exit{At: time.Now()}
 	if h != nil {
+		if r.drain != nil && h.Addr() != "" {
+			r.mu.Lock()
+			now := in.Instance
+			r.mu.Unlock()
+			r.drain(ctx, now)
+		}
 		exit = r.terminate(ctx, in, h)
 	}
 	r.remove(ctx, in, exit)

@@ -22,6 +22,8 @@ type puppet struct {
 	launches int           // so far
 	exit     chan Exit     // an exit by itself
 	took     time.Duration // by a launch
+	told     chan struct{} // the server says that its health changed; nil: it never does
+	sick     error         // of the liveness check, the one by HTTP
 }
 
 func (p *puppet) Check(context.Context, Workload) error { return nil }
@@ -75,12 +77,16 @@ func inBubble(t *testing.T, test func(t *testing.T, r *Reconciler, p *puppet)) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		r.ask = func(context.Context, string, m3o.Health) (Protocol, error) {
+		r.ask = func(_ context.Context, _ string, h m3o.Health) (Protocol, error) {
 			p.mu.Lock()
 			defer p.mu.Unlock()
+			if h.Kind == "http" {
+				return HTTP1, p.sick
+			}
 			p.asked++
 			return GRPC, p.answer
 		}
+		r.watchHealth = func(context.Context, string, string) <-chan struct{} { return p.told }
 		ctx, cancel := context.WithCancel(t.Context())
 		done := make(chan error, 1)
 		go func() { done <- r.Run(ctx) }()

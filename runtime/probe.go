@@ -32,10 +32,6 @@ const (
 	TCP   Protocol = "tcp"
 )
 
-// probeTimeout bounds one probe. Each step of detection has a third of it:
-// a server that answers none of them must not look slower than it is.
-const probeTimeout = 3 * time.Second
-
 // errNotServing marks the answer of a server that says itself it is not well.
 var errNotServing = errors.New("not serving")
 
@@ -44,13 +40,14 @@ var errNoHealth = errors.New("no health told")
 
 // Probe asks the server at addr ("ip:port") once whether it is well, and tells
 // what it speaks. Kind "grpc" calls grpc.health.v1.Health/Check for the whole
-// server, "http" wants 2xx or 3xx for GET Path, "tcp" an accepted connection. Kind "" detects: the
+// server or h.Service, "http" wants 2xx or 3xx for GET Path, "tcp" an accepted connection. Kind "" detects: the
 // gRPC health service where served (a gRPC server without it, or that lets
 // nobody ask, is well: it answered), else an HTTP answer of any status (to
 // OPTIONS *, which the common servers answer without calling the app), else an
 // accepted connection. The error says in words what was wrong.
 func Probe(ctx context.Context, addr string, h m3o.Health) (Protocol, error) {
-	ctx, cancel := context.WithTimeout(ctx, probeTimeout)
+	within := cmp.Or(h.Answer, probeTimeout)
+	ctx, cancel := context.WithTimeout(ctx, within)
 	defer cancel()
 	switch h.Kind {
 	case "tcp":
@@ -61,7 +58,7 @@ func Probe(ctx context.Context, addr string, h m3o.Health) (Protocol, error) {
 		if err := accepts(ctx, addr); err != nil {
 			return "", err
 		}
-		p, err := grpcHealth(ctx, addr)
+		p, err := grpcHealth(ctx, addr, h.Service)
 		switch {
 		case err == nil && p != GRPC:
 			err = errors.New("the port speaks HTTP/2 but did not answer the gRPC health check")
@@ -71,32 +68,34 @@ func Probe(ctx context.Context, addr string, h m3o.Health) (Protocol, error) {
 		}
 		return p, err
 	case "":
-		return detect(ctx, addr)
+		return detect(ctx, addr, within)
 	}
 	return "", m3o.Errorf(m3o.Invalid, "health check kind %q is not grpc, http, tcp or empty", h.Kind)
 }
 
-func detect(ctx context.Context, addr string) (Protocol, error) {
+// detect gives each of its steps a third of the time: a server that answers
+// none of them must not look slower than it is.
+func detect(ctx context.Context, addr string, within time.Duration) (Protocol, error) {
 	// Most failures are a port nobody listens on yet: learn that first, cheaply.
 	if err := accepts(ctx, addr); err != nil {
 		return "", err
 	}
-	p, err := step(ctx, func(ctx context.Context) (Protocol, error) { return grpcHealth(ctx, addr) })
+	p, err := step(ctx, within/3, func(ctx context.Context) (Protocol, error) { return grpcHealth(ctx, addr, "") })
 	switch {
 	case errors.Is(err, errNoHealth):
 		return p, nil
 	case err == nil || errors.Is(err, errNotServing):
 		return p, err
 	}
-	p, err = step(ctx, func(ctx context.Context) (Protocol, error) { return HTTP1, anyAnswer(ctx, addr) })
+	p, err = step(ctx, within/3, func(ctx context.Context) (Protocol, error) { return HTTP1, anyAnswer(ctx, addr) })
 	if err == nil {
 		return p, nil
 	}
 	return TCP, accepts(ctx, addr)
 }
 
-func step(ctx context.Context, ask func(context.Context) (Protocol, error)) (Protocol, error) {
-	ctx, cancel := context.WithTimeout(ctx, probeTimeout/3)
+func step(ctx context.Context, within time.Duration, ask func(context.Context) (Protocol, error)) (Protocol, error) {
+	ctx, cancel := context.WithTimeout(ctx, within)
 	defer cancel()
 	return ask(ctx)
 }
@@ -197,23 +196,39 @@ func unwrapURL(err error) error {
 	return err
 }
 
-// grpcHealth calls grpc.health.v1.Health/Check with an empty request, by hand:
-// a client library would hide whether it was HTTP/2 or gRPC that failed. The
-// protocol is valid whenever it is not "". See
+// healthCall begins a call of grpc.health.v1.Health, by hand: a client library
+// would hide whether it was HTTP/2 or gRPC that failed. See
 // https://github.com/grpc/grpc/blob/master/doc/PROTOCOL-HTTP2.md.
-func grpcHealth(ctx context.Context, addr string) (Protocol, error) {
-	c, finish := client(true)
-	defer finish()
-	req, err := http.NewRequestWithContext(ctx, "POST", "http://"+addr+"/grpc.health.v1.Health/Check", bytes.NewReader(make([]byte, 5)))
+func healthCall(ctx context.Context, c *http.Client, addr, method, service string) (*http.Response, error) {
+	msg := []byte{0, 0, 0, 0, 0}
+	if service != "" { // HealthCheckRequest{service = 1}
+		msg = append(msg, 1<<3|2)
+		msg = binary.AppendUvarint(msg, uint64(len(service)))
+		msg = append(msg, service...)
+		binary.BigEndian.PutUint32(msg[1:], uint32(len(msg)-5))
+	}
+	req, err := http.NewRequestWithContext(ctx, "POST", "http://"+addr+"/grpc.health.v1.Health/"+method, bytes.NewReader(msg))
 	if err != nil {
-		return "", err
+		return nil, err
 	}
 	req.Header.Set("Content-Type", "application/grpc")
 	req.Header.Set("TE", "trailers")
 	req.Header.Set("User-Agent", userAgent)
 	resp, err := c.Do(req)
 	if err != nil {
-		return "", describe(unwrapURL(err))
+		return nil, describe(unwrapURL(err))
+	}
+	return resp, nil
+}
+
+// grpcHealth asks for the health of a service, "" for the whole server. The
+// protocol is valid whenever it is not "".
+func grpcHealth(ctx context.Context, addr, service string) (Protocol, error) {
+	c, finish := client(true)
+	defer finish()
+	resp, err := healthCall(ctx, c, addr, "Check", service)
+	if err != nil {
+		return "", err
 	}
 	defer resp.Body.Close() //nolint:errcheck // read below
 	if !strings.HasPrefix(resp.Header.Get("Content-Type"), "application/grpc") {
@@ -223,13 +238,16 @@ func grpcHealth(ctx context.Context, addr string) (Protocol, error) {
 	if err != nil {
 		return "", describe(err)
 	}
-	status := cmp.Or(resp.Trailer.Get("Grpc-Status"), resp.Header.Get("Grpc-Status"))
-	code, err := strconv.Atoi(status)
+	code, err := grpcStatus(resp)
 	switch {
 	case err != nil:
-		return GRPC, fmt.Errorf("gRPC health check answered no status")
-	case code == 12: // UNIMPLEMENTED
+		return GRPC, errors.New("gRPC health check answered no status")
+	case code == unimplemented && service == "":
 		return GRPC, fmt.Errorf("the gRPC server does not serve grpc.health.v1.Health: %w", errNoHealth)
+	case code == unimplemented:
+		return GRPC, errors.New("the gRPC server does not serve grpc.health.v1.Health")
+	case code == notFound:
+		return GRPC, fmt.Errorf("the gRPC server tells nothing of the health of %q", service)
 	case code == 7 || code == 16: // PERMISSION_DENIED, UNAUTHENTICATED: an interceptor guards every method
 		return GRPC, fmt.Errorf("the gRPC server lets nobody call its health check: %w", errNoHealth)
 	case code != 0:
@@ -243,6 +261,17 @@ func grpcHealth(ctx context.Context, addr string) (Protocol, error) {
 		return GRPC, fmt.Errorf("gRPC health check answered %s: %w", statusName(n), errNotServing)
 	}
 	return GRPC, nil
+}
+
+// Two of gRPC's status codes.
+const (
+	notFound      = 5
+	unimplemented = 12
+)
+
+// grpcStatus is the status of a call whose body has been read.
+func grpcStatus(resp *http.Response) (int, error) {
+	return strconv.Atoi(cmp.Or(resp.Trailer.Get("Grpc-Status"), resp.Header.Get("Grpc-Status")))
 }
 
 func statusName(n uint64) string {

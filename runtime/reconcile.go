@@ -53,15 +53,17 @@ type Handle interface {
 // instance has a keeper, a goroutine that alone launches, watches and removes
 // it; the reconciler only decides which instances there should be.
 type Reconciler struct {
-	host    Host
-	log     *slog.Logger
-	records records
-	hub     hub
-	wake    chan struct{}                                               // what is wanted may differ from what is
-	slots   chan struct{}                                               // bounds launches at once: more only slow each other down
-	ask     func(context.Context, string, m3o.Health) (Protocol, error) // Probe, save in tests of time
-	running sync.Mutex                                                  // held by Run and StopAll
-	writing sync.Mutex                                                  // serialises changes of wants with their records
+	host        Host
+	log         *slog.Logger
+	records     records
+	hub         hub
+	wake        chan struct{}                                                   // what is wanted may differ from what is
+	slots       chan struct{}                                                   // bounds launches at once: more only slow each other down
+	ask         func(context.Context, string, m3o.Health) (Protocol, error)     // Probe, save in tests of time
+	watchHealth func(ctx context.Context, addr, service string) <-chan struct{} // WatchHealth, save in tests of time
+	running     sync.Mutex                                                      // held by Run and StopAll
+	writing     sync.Mutex                                                      // serialises changes of wants with their records
+	drain       func(context.Context, m3o.Instance)                             // see OnDrain; may be nil
 
 	mu    sync.Mutex // guards below
 	wants map[Ref]want
@@ -80,6 +82,9 @@ type instance struct {
 	record record
 	handle Handle
 	why    error // the last failure to launch or to answer a probe
+
+	crashes int       // exits by itself in a row
+	next    time.Time // when it is started again
 }
 
 // NewReconciler reads the records in dir, where it keeps them; "" keeps none.
@@ -88,7 +93,7 @@ func NewReconciler(dir string, host Host, log *slog.Logger) (*Reconciler, error)
 	if log == nil {
 		log = slog.New(slog.DiscardHandler)
 	}
-	r := &Reconciler{host: host, log: log, records: records{dir}, ask: Probe,
+	r := &Reconciler{host: host, log: log, records: records{dir}, ask: Probe, watchHealth: watchHealth,
 		wake: make(chan struct{}, 1), gone: make(chan struct{}), have: map[string]*instance{},
 		slots: make(chan struct{}, max(4, 2*goruntime.NumCPU()))}
 	wants, have, err := r.records.open()
@@ -106,8 +111,13 @@ func NewReconciler(dir string, host Host, log *slog.Logger) (*Reconciler, error)
 func newInstance(rec record) *instance {
 	w := rec.Workload
 	return &instance{record: rec, stop: make(chan struct{}), Instance: m3o.Instance{App: w.App, Process: w.Process,
-		Release: w.Release, ID: rec.ID, Phase: m3o.Starting, Restarts: rec.Restarts, At: time.Now()}}
+		Release: w.Release, ID: rec.ID, Phase: m3o.Starting, Restarts: rec.Restarts, Revision: w.Revision, At: time.Now()}}
 }
+
+// OnDrain has f called for an instance that was told to go, after Events say
+// that it is Draining and before it is asked to end: f returns when nobody
+// uses it any more. Call it before Run.
+func (r *Reconciler) OnDrain(f func(context.Context, m3o.Instance)) { r.drain = f }
 
 func (in *instance) ref() Ref { return in.record.Workload.Ref }
 
@@ -324,30 +334,81 @@ func (r *Reconciler) run(ctx context.Context, nothing bool) error {
 }
 
 // plan says which instances to stop and which workloads to start one more
-// instance of. Of too many it stops those that serve least, then the newest.
+// instance of.
 func plan(wants map[Ref]want, have map[string]*instance) (stop []string, start []Workload) {
 	by := map[Ref][]*instance{}
+	leaving := map[Ref]bool{} // an instance of another revision is still on its way out
 	for _, in := range have {
 		if !in.stopped {
 			by[in.ref()] = append(by[in.ref()], in)
+		} else if in.Revision != wants[in.ref()].Workload.Revision {
+			leaving[in.ref()] = true
 		}
 	}
 	for ref, ins := range by {
-		if extra := len(ins) - wants[ref].Replicas; extra > 0 {
-			slices.SortFunc(ins, func(a, b *instance) int {
-				return cmp.Or(cmp.Compare(rank(a.Phase), rank(b.Phase)), b.At.Compare(a.At), cmp.Compare(a.ID, b.ID))
-			})
-			for _, in := range ins[:extra] {
-				stop = append(stop, in.ID)
-			}
+		w := wants[ref]
+		stop = append(stop, surplus(w, ins)...)
+		if len(w.Workload.Mounts) > 0 {
+			leaving[ref] = leaving[ref] || slices.ContainsFunc(ins, func(in *instance) bool { return in.Revision != w.Workload.Revision })
 		}
 	}
 	for _, ref := range slices.SortedFunc(maps.Keys(wants), Ref.compare) {
-		for range wants[ref].Replicas - len(by[ref]) {
-			start = append(start, wants[ref].Workload)
+		w := wants[ref]
+		current := 0
+		for _, in := range by[ref] {
+			if in.Revision == w.Workload.Revision {
+				current++
+			}
+		}
+		missing := w.Replicas - current
+		if old := len(by[ref]) - current; old > 0 {
+			// A replacement: a quarter more than wanted at a time.
+			missing = min(missing, w.Replicas+max(1, w.Replicas/4)-len(by[ref]))
+		}
+		if len(w.Workload.Mounts) > 0 && leaving[ref] {
+			continue // its files are still in use
+		}
+		for range missing {
+			start = append(start, w.Workload)
 		}
 	}
 	return stop, start
+}
+
+// surplus are the instances of one workload that shall go: of too many, those
+// that serve least, then the newest. Those of an older revision go as far as
+// ready ones of the new are there in their stead, or at once where the two
+// must not meet.
+func surplus(w want, ins []*instance) (stop []string) {
+	var current, old []*instance
+	ready := 0
+	for _, in := range ins {
+		switch {
+		case in.Revision != w.Workload.Revision:
+			old = append(old, in)
+		default:
+			current = append(current, in)
+			if in.Phase == m3o.Ready {
+				ready++
+			}
+		}
+	}
+	least := func(a, b *instance) int {
+		return cmp.Or(cmp.Compare(rank(a.Phase), rank(b.Phase)), b.At.Compare(a.At), cmp.Compare(a.ID, b.ID))
+	}
+	take := func(from []*instance, n int) {
+		slices.SortFunc(from, least)
+		for _, in := range from[:min(max(n, 0), len(from))] {
+			stop = append(stop, in.ID)
+		}
+	}
+	take(current, len(current)-w.Replicas)
+	if len(w.Workload.Mounts) > 0 {
+		take(old, len(old))
+	} else {
+		take(old, len(old)-max(0, w.Replicas-ready))
+	}
+	return stop
 }
 
 func rank(p m3o.Phase) int {

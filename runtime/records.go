@@ -25,6 +25,7 @@ type record struct {
 	Workload Workload
 	Restarts int
 	Ready    bool // it was ready when last heard of, so it may still be
+	Last     Exit // how it last ended by itself
 }
 
 // records keep desired state and instances as one JSON file each, so that a

@@ -15,8 +15,10 @@ import (
 	"fmt"
 	"io"
 	"iter"
+	"path"
 	"regexp"
 	"slices"
+	"strings"
 	"syscall"
 	"time"
 
@@ -60,6 +62,7 @@ func (r Ref) compare(o Ref) int {
 const (
 	DefaultMemoryBytes = 512 << 20
 	DefaultPids        = 1024
+	DefaultFiles       = 65_536
 	DefaultGrace       = 30 * time.Second
 	DefaultReady       = 60 * time.Second // how long an instance may take to become ready
 )
@@ -77,11 +80,43 @@ type Workload struct {
 	MemoryBytes int64         // 0: DefaultMemoryBytes
 	CPUMillis   int64         // thousandths of a core; 0: no limit
 	Pids        int64         // processes and threads; 0: DefaultPids
+	Files       int64         // open files; 0: DefaultFiles, or what this machine allows if that is less
 	Grace       time.Duration // SIGTERM to SIGKILL; 0: DefaultGrace
 	// Once makes its instance run at most once: when it ends by itself it is
 	// not started again but goes, and its Ref is wanted no more. So it does
 	// when the driver finds on opening that it was lost.
 	Once bool
+	// Revision tells workloads of one Ref apart: instances of another one than
+	// that of the last Start are replaced a few at a time, each going only
+	// when one of the new ones is ready.
+	Revision int
+	// Mounts are directories of the host that its instances may write to. As
+	// two instances must not, old ones then go before new ones come.
+	Mounts []Mount
+}
+
+// A Mount is a directory that outlives the instances it is mounted in.
+type Mount struct {
+	Source string // absolute path on the host
+	Target string // absolute path in the instance
+}
+
+// reserved are the places of an instance that no mount may cover.
+var reserved = []string{"/", "/proc", "/sys", "/dev", "/etc", "/tmp", "/bin", "/usr", "/lib", "/app"}
+
+// Validate reports why a mount cannot be, as an *m3o.Error of kind Invalid.
+func (m Mount) Validate() error {
+	for _, p := range []string{m.Source, m.Target} {
+		if !path.IsAbs(p) || path.Clean(p) != p || strings.ContainsAny(p, ":,\\\n\x00") {
+			return m3o.Errorf(m3o.Invalid, "%q is not a clean absolute path", p)
+		}
+	}
+	for _, r := range reserved {
+		if m.Target == r || r != "/" && strings.HasPrefix(m.Target, r+"/") {
+			return &m3o.Error{Kind: m3o.Invalid, Msg: fmt.Sprintf("a volume cannot be mounted at %s, which is the platform's", m.Target), Hint: "choose a directory such as /data"}
+		}
+	}
+	return nil
 }
 
 // Validate reports why a workload cannot be run, as an *m3o.Error of kind Invalid.
@@ -92,12 +127,20 @@ func (w Workload) Validate() error {
 	switch {
 	case w.Port < 0 || w.Port > 65535:
 		return m3o.Errorf(m3o.Invalid, "port %d is not between 0 and 65535", w.Port)
-	case w.MemoryBytes < 0 || w.CPUMillis < 0 || w.Pids < 0 || w.Grace < 0:
+	case w.MemoryBytes < 0 || w.CPUMillis < 0 || w.Pids < 0 || w.Files < 0 || w.Grace < 0:
 		return m3o.Errorf(m3o.Invalid, "a limit of %s is negative", w.Ref)
 	case w.MemoryBytes > 0 && w.MemoryBytes < 8<<20:
 		return m3o.Errorf(m3o.Invalid, "%d bytes of memory are too little to start in: 8 MB is the least", w.MemoryBytes)
-	case !slices.Contains([]string{"", "grpc", "http", "tcp"}, w.Health.Kind):
-		return m3o.Errorf(m3o.Invalid, "health check kind %q is not grpc, http, tcp or empty", w.Health.Kind)
+	}
+	for _, kind := range []string{w.Health.Kind, w.Health.Liveness.Kind} {
+		if !slices.Contains([]string{"", "grpc", "http", "tcp"}, kind) {
+			return m3o.Errorf(m3o.Invalid, "health check kind %q is not grpc, http, tcp or empty", kind)
+		}
+	}
+	for _, m := range w.Mounts {
+		if err := m.Validate(); err != nil {
+			return err
+		}
 	}
 	return nil
 }
@@ -146,7 +189,8 @@ type Exit struct {
 type Driver interface {
 	// Start makes replicas of w the number of its instances: it records that,
 	// launches or stops as needed and returns without waiting for health. An
-	// instance that exits is started again, with a growing pause. It is
+	// instance that exits is started again, with a growing pause. Instances of
+	// another Revision are replaced. It is
 	// Invalid or NotFound, and nothing is recorded, when w cannot run at all.
 	Start(ctx context.Context, w Workload, replicas int) error
 

@@ -22,6 +22,9 @@ type Report struct {
 	Addr      string           // its own, "" while it does not run
 	Why       error            // the last failure to launch it, or its last bad answer
 	Listening []netip.AddrPort // where its processes listen, while it runs
+	Last      Exit             // how it last ended by itself; zero At: it never did
+	Crashes   int              // how often it did in a row, without having been well for long between
+	Next      time.Time        // when it is started again; zero unless it waits for that
 }
 
 // An Explainer is a Driver that can tell why an instance is not ready. Those
@@ -38,7 +41,7 @@ func (r *Reconciler) Explain(id string) (Report, error) {
 		r.mu.Unlock()
 		return Report{}, m3o.Errorf(m3o.NotFound, "no instance called %s", id)
 	}
-	rep := Report{Workload: in.record.Workload, Why: in.why}
+	rep := Report{Workload: in.record.Workload, Why: in.why, Last: in.record.Last, Crashes: in.crashes, Next: in.next}
 	h := in.handle
 	r.mu.Unlock()
 	if h != nil {

@@ -118,6 +118,11 @@ func (d *Driver) launch(ctx context.Context, id string, w runtime.Workload, l la
 	if err := b.write(); err != nil {
 		return nil, err
 	}
+	if len(w.Mounts) > 0 {
+		if lower, err = mountPoints(dir, w.Mounts, uid, lower); err != nil {
+			return nil, err
+		}
+	}
 	shim, pid, err := d.spawn(ctx, id, lower, l)
 	if err != nil {
 		return nil, err

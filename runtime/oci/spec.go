@@ -69,7 +69,7 @@ func (b bundle) write() error {
 }
 
 func (b bundle) spec() (*specs.Spec, error) {
-	files := uint64(65536)
+	files := uint64(cmp.Or(b.w.Files, runtime.DefaultFiles))
 	var lim unix.Rlimit
 	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &lim); err == nil {
 		files = min(files, lim.Max) // raising it takes CAP_SYS_RESOURCE, which root may lack
@@ -109,6 +109,10 @@ func (b bundle) spec() (*specs.Spec, error) {
 	for _, name := range []string{"resolv.conf", "hosts", "hostname"} {
 		s.Mounts = append(s.Mounts, specs.Mount{Destination: "/etc/" + name, Type: "bind", Source: filepath.Join(b.dir, name),
 			Options: []string{"bind", "ro", "nosuid", "nodev", "noexec"}})
+	}
+	for _, m := range b.w.Mounts {
+		s.Mounts = append(s.Mounts, specs.Mount{Destination: m.Target, Type: "bind", Source: m.Source,
+			Options: []string{"bind", "rw", "nosuid", "nodev"}})
 	}
 	// No negative oomScoreAdj: it takes CAP_SYS_RESOURCE.
 	var err error

@@ -256,6 +256,9 @@ func (p *processes) Check(_ context.Context, w runtime.Workload) error {
 	if len(w.Args) == 0 && len(im.Args) == 0 {
 		return m3o.Errorf(m3o.Invalid, "process type %s has no command, and neither has its image", w.Process)
 	}
+	if len(w.Mounts) > 0 {
+		return &m3o.Error{Kind: m3o.Invalid, Msg: "unisolated processes get no volumes", Hint: "m3od --runtime oci mounts them"}
+	}
 	return nil
 }
 
