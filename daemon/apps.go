@@ -99,6 +99,7 @@ func (d *Daemon) destroyApp(ctx context.Context, app string) error {
 	if err := d.ledger.DestroyApp(ctx, app); err != nil {
 		return err
 	}
+	d.routes.destroy(app)
 	d.log.Info("app destroyed", "app", app)
 	return nil
 }

@@ -101,7 +101,7 @@ func New(ctx context.Context, cfg Config, version string, log *slog.Logger) (_ *
 		return nil, err
 	}
 	d.router = router.Client{Socket: d.controlSocket()}
-	d.routes = newRoutes(cfg.Domain, "unix:"+d.apiSocket(), d.router.Put, log)
+	d.routes = newRoutes(cfg.Domain, "unix:"+d.apiSocket(), d.router, log)
 	if err := os.Remove(d.apiSocket()); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return nil, fmt.Errorf("remove stale API socket: %w", err)
 	}

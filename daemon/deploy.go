@@ -211,8 +211,23 @@ func (l *deployment) Done(ctx context.Context, moved bool, w io.Writer) error {
 		out.line("%s", l.d.url(l.rel.App))
 		out.line("Access: public")
 	}
+	l.d.tellKept(ctx, l.rel.App)
 	l.d.retire(l.rel.App, l.previous)
 	return nil
+}
+
+// tellKept gives the releases that a rollback offers hosts of their own.
+func (d *Daemon) tellKept(ctx context.Context, app string) {
+	kept, err := d.ledger.Kept(ctx, app)
+	if err != nil {
+		d.log.Error("list kept releases", "app", app, "err", err)
+		return
+	}
+	versions := make([]int, len(kept))
+	for i, rel := range kept {
+		versions[i] = rel.Version
+	}
+	d.routes.setKept(app, versions)
 }
 
 // begin persists a new deploy as queued.

@@ -90,6 +90,7 @@ func (d *Daemon) startLive(ctx context.Context) error {
 		}
 		d.background(func(ctx context.Context) { d.remember(ctx, rel) })
 		d.routes.setLive(app.Name, rel.Version)
+		d.tellKept(ctx, app.Name)
 	}
 	ectx, cancel := context.WithCancel(ctx)
 	defer cancel()

@@ -3,8 +3,10 @@ package daemon
 import (
 	"cmp"
 	"context"
+	"fmt"
 	"log/slog"
 	"maps"
+	"reflect"
 	"slices"
 	"sync"
 	"time"
@@ -31,29 +33,54 @@ type appVersion struct {
 type routes struct {
 	domain string
 	api    string // endpoint of the daemon's API
-	put    func(context.Context, router.Table) error
+	router tables
 	log    *slog.Logger
 
 	mu        sync.Mutex // guards what follows
 	live      map[string]int
+	kept      map[string][]int // releases a rollback offers, which have a host of their own
+	hosts     map[string][]alias
+	modes     map[string]mode
 	instances map[string]m3o.Instance
+	byApp     map[string]map[string]bool // ids in instances
 	traits    map[appVersion]traits
-	held      bool          // nothing is sent yet: too little is known
-	gen       uint64        // counts changes
-	applied   uint64        // the newest gen the router has
-	changed   chan struct{} // closed and replaced when applied moves
+	dirty     map[string]bool // apps whose rows may differ from what was sent
+	whole     bool            // the next table is sent whole
+	held      bool            // nothing is sent yet: too little is known
+	gen       uint64          // counts changes
+	applied   uint64          // the newest gen the router has
+	changed   chan struct{}   // closed and replaced when applied moves
 
 	wake chan struct{} // holds one token when gen > applied
 }
 
-func newRoutes(domain, api string, put func(context.Context, router.Table) error, log *slog.Logger) *routes {
-	return &routes{domain: domain, api: api, put: put, log: log,
-		live: map[string]int{}, instances: map[string]m3o.Instance{}, traits: map[appVersion]traits{},
-		held: true, changed: make(chan struct{}), wake: make(chan struct{}, 1)}
+// tables is the router's side: router.Client is the real one.
+type tables interface {
+	Put(context.Context, router.Table) (hash string, err error)
+	Apply(context.Context, router.Change) (hash string, err error)
 }
 
-// touch notes a change and wakes the loop. The caller holds mu.
-func (r *routes) touch() uint64 {
+// alias is one further host of an app.
+type alias struct{ name, redirect string }
+
+// mode is what an operator set an app to.
+type mode struct{ maintenance, paused bool }
+
+func newRoutes(domain, api string, rt tables, log *slog.Logger) *routes {
+	return &routes{domain: domain, api: api, router: rt, log: log,
+		live: map[string]int{}, kept: map[string][]int{}, hosts: map[string][]alias{}, modes: map[string]mode{},
+		instances: map[string]m3o.Instance{}, byApp: map[string]map[string]bool{}, traits: map[appVersion]traits{},
+		dirty: map[string]bool{}, whole: true, held: true, changed: make(chan struct{}), wake: make(chan struct{}, 1)}
+}
+
+// touch notes a change of an app, "" for all of them, and wakes the loop. The
+// caller holds mu.
+func (r *routes) touch(app string) uint64 {
+	if app == "" {
+		r.whole = true
+	} else {
+		r.dirty[app] = true
+	}
 	r.gen++
 	select {
 	case r.wake <- struct{}{}:
@@ -66,7 +93,7 @@ func (r *routes) touch() uint64 {
 func (r *routes) refresh() {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	r.touch()
+	r.touch("")
 }
 
 // open lets the first table out. Until then the router serves its last good
@@ -76,7 +103,7 @@ func (r *routes) open() {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.held = false
-	r.touch()
+	r.touch("")
 }
 
 // setTraits remembers how a release is spoken to.
@@ -84,7 +111,44 @@ func (r *routes) setTraits(app string, version int, t traits) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.traits[appVersion{app, version}] = t
-	r.touch()
+	r.touch(app)
+}
+
+// setKept says which releases of app have a host of their own.
+func (r *routes) setKept(app string, versions []int) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.kept[app] = versions
+	r.touch(app)
+}
+
+// setHosts says which hosts app has beside its own.
+func (r *routes) setHosts(app string, hosts []alias) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.hosts[app] = hosts
+	r.touch(app)
+}
+
+// destroy drops all that is known of an app but its instances.
+func (r *routes) destroy(app string) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	delete(r.live, app)
+	delete(r.kept, app)
+	delete(r.hosts, app)
+	delete(r.modes, app)
+	r.touch(app)
+}
+
+// setMode changes what an operator set app to, and returns once the router
+// does it.
+func (r *routes) setMode(ctx context.Context, app string, m mode) error {
+	r.mu.Lock()
+	r.modes[app] = m
+	gen := r.touch(app)
+	r.mu.Unlock()
+	return r.wait(ctx, gen)
 }
 
 // point makes version the one that app's host leads to, 0 for none, and
@@ -100,7 +164,7 @@ func (r *routes) point(ctx context.Context, app string, version int, ready []m3o
 	for _, in := range ready {
 		r.merge(in)
 	}
-	gen := r.touch()
+	gen := r.touch(app)
 	r.mu.Unlock()
 	return r.wait(ctx, gen)
 }
@@ -129,11 +193,26 @@ func (r *routes) merge(in m3o.Instance) bool {
 		return false
 	}
 	if in.Phase == m3o.Exited && old.Phase == m3o.Draining {
-		delete(r.instances, in.ID) // it was told to go, so it will not be seen again
+		r.remove(old) // it was told to go, so it will not be seen again
 		return true
 	}
-	r.instances[in.ID] = in
+	r.insert(in)
 	return !known || old.Phase != in.Phase || old.Addr != in.Addr
+}
+
+func (r *routes) insert(in m3o.Instance) {
+	r.instances[in.ID] = in
+	if r.byApp[in.App] == nil {
+		r.byApp[in.App] = map[string]bool{}
+	}
+	r.byApp[in.App][in.ID] = true
+}
+
+func (r *routes) remove(in m3o.Instance) {
+	delete(r.instances, in.ID)
+	if delete(r.byApp[in.App], in.ID); len(r.byApp[in.App]) == 0 {
+		delete(r.byApp, in.App)
+	}
 }
 
 // know takes in instances that the driver's events may not have told of yet.
@@ -142,47 +221,77 @@ func (r *routes) know(ins []m3o.Instance) {
 	defer r.mu.Unlock()
 	for _, in := range ins {
 		r.merge(in)
+		r.touch(in.App)
 	}
-	r.touch()
 }
 
 // forget drops what is known of a release that is gone.
 func (r *routes) forget(app string, version int) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	maps.DeleteFunc(r.instances, func(_ string, in m3o.Instance) bool {
-		return in.App == app && in.Release == version && in.Phase == m3o.Exited
-	})
+	for id := range r.byApp[app] {
+		if in := r.instances[id]; in.Release == version && in.Phase == m3o.Exited {
+			r.remove(in)
+		}
+	}
 	delete(r.traits, appVersion{app, version})
 }
 
-// table is the table that should be served now, and its generation; ok is
-// false while it is held back.
-func (r *routes) table() (t router.Table, gen uint64, ok bool) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if r.held {
-		return t, 0, false
+// rows are the rows of app that should be served now. The caller holds mu.
+func (r *routes) rows(app string) []router.Host {
+	version := r.live[app]
+	if version == 0 {
+		return nil
 	}
-	t = router.Table{Domain: r.domain, Hosts: []router.Host{{
-		Name: "api." + r.domain, Kind: "api", App: "api", Endpoints: []string{r.api}, Protocol: "h2c"}}}
-	byApp := map[appVersion][]string{}
-	for _, in := range r.instances {
-		if in.Phase == m3o.Ready && in.Addr != "" && in.Process == webProcess {
-			k := appVersion{in.App, in.Release}
-			byApp[k] = append(byApp[k], in.Addr)
+	var eps []string
+	for id := range r.byApp[app] {
+		if in := r.instances[id]; in.Phase == m3o.Ready && in.Addr != "" && in.Process == webProcess && in.Release == version {
+			eps = append(eps, in.Addr)
 		}
 	}
-	for app, version := range r.live {
-		k := appVersion{app, version}
-		eps := byApp[k]
-		slices.Sort(eps)
-		tr := r.traits[k]
-		t.Hosts = append(t.Hosts, router.Host{Name: app + "." + r.domain, Kind: "app", App: app, Release: version,
-			Endpoints: eps, Protocol: cmp.Or(tr.Protocol, "http1"), Descriptors: tr.Descriptors})
+	slices.Sort(eps)
+	row := func(v int, eps []string) router.Host {
+		tr, m := r.traits[appVersion{app, v}], r.modes[app]
+		return router.Host{Kind: router.KindApp, App: app, Release: v, Endpoints: eps, Protocol: cmp.Or(tr.Protocol, router.HTTP1),
+			Descriptors: tr.Descriptors, Maintenance: m.maintenance, Paused: m.paused}
 	}
-	slices.SortFunc(t.Hosts, func(a, b router.Host) int { return cmp.Compare(a.Name, b.Name) })
-	return t, r.gen, true
+	main := row(version, eps)
+	main.Name = app + "." + r.domain
+	rows := []router.Host{main}
+	for _, al := range r.hosts[app] {
+		h := main
+		if h.Name = al.name; al.redirect != "" {
+			h = router.Host{Name: al.name, Kind: router.KindApp, App: app, Redirect: al.redirect}
+		}
+		rows = append(rows, h)
+	}
+	for _, v := range r.kept[app] {
+		// Only the live release has endpoints here: a row that kept those of an
+		// old one would keep its requests from draining.
+		h := row(v, nil)
+		if v == version {
+			h.Endpoints = eps
+		}
+		h.Name, h.Kind = fmt.Sprintf("v%d--%s.%s", v, app, r.domain), router.KindRelease
+		rows = append(rows, h)
+	}
+	return rows
+}
+
+// apiRow is the row of the daemon's own API.
+func (r *routes) apiRow() router.Host {
+	return router.Host{Name: "api." + r.domain, Kind: router.KindAPI, App: "api", Endpoints: []string{r.api}, Protocol: router.H2C}
+}
+
+// table is the table that should be served now.
+func (r *routes) table() router.Table {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	t := router.Table{Domain: r.domain, Hosts: []router.Host{r.apiRow()}}
+	for app := range r.live {
+		t.Hosts = append(t.Hosts, r.rows(app)...)
+	}
+	return t
 }
 
 // list gives the known instances of an app, "" for all, by process and id.
@@ -190,10 +299,11 @@ func (r *routes) list(app string) []m3o.Instance {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	var out []m3o.Instance
-	for _, in := range r.instances {
-		if app == "" || in.App == app {
-			out = append(out, in)
-		}
+	if app == "" {
+		out = slices.Collect(maps.Values(r.instances))
+	}
+	for id := range r.byApp[app] {
+		out = append(out, r.instances[id])
 	}
 	slices.SortFunc(out, func(a, b m3o.Instance) int {
 		return cmp.Or(cmp.Compare(a.App, b.App), cmp.Compare(a.Process, b.Process), cmp.Compare(b.Release, a.Release), cmp.Compare(a.ID, b.ID))
@@ -201,9 +311,94 @@ func (r *routes) list(app string) []m3o.Instance {
 	return out
 }
 
+// sender brings the router to the newest table. It belongs to run alone.
+type sender struct {
+	*routes
+	hash string                   // of what the router has
+	sent map[string][]router.Host // by app; nil: the next table is sent whole
+}
+
+// send gives the router what has changed, and says which generation it has now.
+func (s *sender) send(ctx context.Context) (uint64, error) {
+	s.mu.Lock()
+	if s.held {
+		s.mu.Unlock()
+		return 0, nil
+	}
+	gen, dirty := s.gen, s.dirty
+	if s.whole || s.sent == nil {
+		s.sent = map[string][]router.Host{}
+		dirty = map[string]bool{}
+		for app := range s.live {
+			dirty[app] = true
+		}
+	}
+	whole := len(s.sent) == 0
+	ch := router.Change{Base: s.hash}
+	rows := make(map[string][]router.Host, len(dirty))
+	for app := range dirty {
+		rows[app] = s.rows(app)
+	}
+	s.dirty, s.whole = map[string]bool{}, false
+	s.mu.Unlock()
+
+	if whole {
+		t := router.Table{Domain: s.domain, Hosts: []router.Host{s.apiRow()}}
+		for _, rs := range rows {
+			t.Hosts = append(t.Hosts, rs...)
+		}
+		slices.SortFunc(t.Hosts, func(a, b router.Host) int { return cmp.Compare(a.Name, b.Name) })
+		hash, err := s.router.Put(ctx, t)
+		if err != nil {
+			s.sent = nil
+			return 0, err
+		}
+		s.hash = hash
+	} else {
+		for app := range dirty {
+			set, remove := difference(s.sent[app], rows[app])
+			ch.Set, ch.Remove = append(ch.Set, set...), append(ch.Remove, remove...)
+		}
+		// A host that went from one app to another is not removed.
+		ch.Remove = slices.DeleteFunc(ch.Remove, func(name string) bool {
+			return slices.ContainsFunc(ch.Set, func(h router.Host) bool { return h.Name == name })
+		})
+		if len(ch.Set)+len(ch.Remove) > 0 {
+			hash, err := s.router.Apply(ctx, ch)
+			if err != nil {
+				s.sent = nil // whatever it is: the whole table mends it
+				return 0, err
+			}
+			s.hash = hash
+		}
+	}
+	for app, rs := range rows {
+		if s.sent[app] = rs; rs == nil {
+			delete(s.sent, app)
+		}
+	}
+	return gen, nil
+}
+
+// difference is what makes new out of old.
+func difference(old, new []router.Host) (set []router.Host, remove []string) {
+	had := make(map[string]router.Host, len(old))
+	for _, h := range old {
+		had[h.Name] = h
+	}
+	for _, h := range new {
+		if o, ok := had[h.Name]; !ok || !reflect.DeepEqual(o, h) {
+			set = append(set, h)
+		}
+		delete(had, h.Name)
+	}
+	return set, slices.Collect(maps.Keys(had))
+}
+
 // run keeps the router at the newest table until ctx ends. A router that is
 // away is tried again with growing pauses; it serves its last table meanwhile.
 func (r *routes) run(ctx context.Context) error {
+	s := &sender{routes: r}
 	pause := time.Duration(0)
 	for {
 		select {
@@ -211,12 +406,8 @@ func (r *routes) run(ctx context.Context) error {
 			return nil
 		case <-r.wake:
 		}
-		t, gen, ok := r.table()
-		if !ok {
-			continue // open wakes us
-		}
 		pctx, cancel := context.WithTimeout(ctx, 10*time.Second)
-		err := r.put(pctx, t)
+		gen, err := s.send(pctx)
 		cancel()
 		if err == nil {
 			pause = 0
@@ -230,6 +421,10 @@ func (r *routes) run(ctx context.Context) error {
 		if ctx.Err() != nil {
 			return nil
 		}
+		r.refresh()
+		if m3o.KindOf(err) == m3o.Conflict {
+			continue // another router than before: it gets the whole table
+		}
 		r.log.Warn("router did not take the table", "err", err)
 		pause = min(max(2*pause, 50*time.Millisecond), 2*time.Second)
 		select {
@@ -237,7 +432,6 @@ func (r *routes) run(ctx context.Context) error {
 			return nil
 		case <-time.After(pause):
 		}
-		r.refresh()
 	}
 }
 
@@ -257,12 +451,15 @@ func (r *routes) follow(ctx context.Context, d runtime.Driver) error {
 			switch {
 			case in.ID == "": // all that exist have been told
 				seeded = true
-				r.instances = fresh
-				r.touch()
+				r.instances, r.byApp = map[string]m3o.Instance{}, map[string]map[string]bool{}
+				for _, in := range fresh {
+					r.insert(in)
+				}
+				r.touch("")
 			case !seeded:
 				fresh[in.ID] = in
 			case r.merge(in):
-				r.touch()
+				r.touch(in.App)
 			}
 			r.mu.Unlock()
 		}
@@ -279,5 +476,5 @@ func (r *routes) setLive(app string, version int) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.live[app] = version
-	r.touch()
+	r.touch(app)
 }

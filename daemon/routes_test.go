@@ -3,8 +3,11 @@ package daemon
 import (
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
+	"maps"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -16,19 +19,44 @@ import (
 
 // puts records the tables a router was given; fail makes it refuse.
 type puts struct {
-	mu     sync.Mutex
-	tables []router.Table
-	fail   bool
+	mu      sync.Mutex
+	tables  []router.Table // as they became
+	changes []router.Change
+	fail    bool
 }
 
-func (p *puts) put(_ context.Context, t router.Table) error {
+func (p *puts) Put(_ context.Context, t router.Table) (string, error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.fail {
-		return errors.New("router away")
+		return "", errors.New("router away")
 	}
 	p.tables = append(p.tables, t)
-	return nil
+	return router.TableHash(t), nil
+}
+
+func (p *puts) Apply(_ context.Context, c router.Change) (string, error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	last := router.Table{}
+	if n := len(p.tables); n > 0 {
+		last = p.tables[n-1]
+	}
+	switch {
+	case p.fail:
+		return "", errors.New("router away")
+	case router.TableHash(last) != c.Base:
+		return "", &m3o.Error{Kind: m3o.Conflict, Msg: "another table"}
+	}
+	p.changes = append(p.changes, c)
+	next := router.Table{Domain: last.Domain, Hosts: slices.Clone(c.Set)}
+	for _, h := range last.Hosts {
+		if !slices.Contains(c.Remove, h.Name) && !slices.ContainsFunc(c.Set, func(s router.Host) bool { return s.Name == h.Name }) {
+			next.Hosts = append(next.Hosts, h)
+		}
+	}
+	p.tables = append(p.tables, next)
+	return router.TableHash(next), nil
 }
 
 func (p *puts) last() (router.Table, int) {
@@ -54,7 +82,7 @@ func ready(app string, release int, id, addr string, at time.Time) m3o.Instance 
 }
 
 func startRoutes(t *testing.T, p *puts) *routes {
-	r := newRoutes("localhost", "unix:/api", p.put, slog.New(slog.DiscardHandler))
+	r := newRoutes("localhost", "unix:/api", p, slog.New(slog.DiscardHandler))
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan error)
 	go func() { done <- r.run(ctx) }()
@@ -135,4 +163,54 @@ func TestLateEventDoesNotUndoANewerOne(t *testing.T) {
 	if got := r.list(""); len(got) != 0 {
 		t.Errorf("an instance that was told to go is still listed: %+v", got)
 	}
+}
+
+func TestOnlyWhatChangedIsSent(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		p := &puts{}
+		r := startRoutes(t, p)
+		now := time.Now()
+		for i, app := range []string{"one", "two", "three"} {
+			r.setLive(app, 1)
+			r.know([]m3o.Instance{ready(app, 1, app, fmt.Sprintf("198.18.0.%d:8080", i+1), now)})
+		}
+		r.open()
+		synctest.Wait()
+		r.setKept("two", []int{2, 1})
+		r.setHosts("two", []alias{{name: "two.example"}, {"www.two.example", "two.example"}})
+		if err := r.point(t.Context(), "two", 2, []m3o.Instance{ready("two", 2, "b", "198.18.0.9:8080", now)}); err != nil {
+			t.Fatal(err)
+		}
+		names := map[string]bool{}
+		for _, c := range p.changes {
+			for _, h := range c.Set {
+				names[h.Name] = true
+			}
+		}
+		if want := map[string]bool{"two.localhost": true, "two.example": true, "www.two.example": true, "v1--two.localhost": true, "v2--two.localhost": true}; !maps.Equal(names, want) {
+			t.Errorf("sent %v, want %v", names, want)
+		}
+		got, _ := p.last()
+		for host, want := range map[string]string{"two.localhost": "198.18.0.9:8080", "two.example": "198.18.0.9:8080", "v2--two.localhost": "198.18.0.9:8080", "v1--two.localhost": "", "one.localhost": "198.18.0.1:8080"} {
+			if eps := strings.Join(endpoints(got, host), " "); eps != want {
+				t.Errorf("%s leads to %q, want %q", host, eps, want)
+			}
+		}
+		if router.TableHash(got) != router.TableHash(r.table()) {
+			t.Error("the changes did not lead to the table that should be served")
+		}
+		if err := got.Validate(); err != nil {
+			t.Error(err)
+		}
+		// A router that lost its table gets all of it.
+		p.mu.Lock()
+		p.tables = nil
+		p.mu.Unlock()
+		if err := r.point(t.Context(), "one", 0, nil); err != nil {
+			t.Fatal(err)
+		}
+		if got, _ := p.last(); router.TableHash(got) != router.TableHash(r.table()) {
+			t.Errorf("a router that lost its table has %+v", got)
+		}
+	})
 }

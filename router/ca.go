@@ -194,7 +194,7 @@ func (c *certs) get(hello *tls.ClientHelloInfo) (*tls.Certificate, error) {
 	}
 	name := hostOf(hello.ServerName)
 	if name == "" {
-		name = l.table.Domain
+		name = l.domain
 	}
 	c.mu.RLock()
 	cert := c.names[name]
@@ -202,9 +202,9 @@ func (c *certs) get(hello *tls.ClientHelloInfo) (*tls.Certificate, error) {
 	if cert != nil && time.Now().Before(renewAt(cert.Leaf)) {
 		return cert, nil
 	}
-	_, known := l.hosts[name]
-	label, under := strings.CutSuffix(name, "."+l.table.Domain)
-	if !known && name != l.table.Domain && (!under || strings.Contains(label, ".")) {
+	known := l.find(name) != nil
+	label, under := strings.CutSuffix(name, "."+l.domain)
+	if !known && name != l.domain && (!under || strings.Contains(label, ".")) {
 		return nil, fmt.Errorf("no host %q", name)
 	}
 	cert, err := c.ca.Leaf(name)
@@ -213,7 +213,7 @@ func (c *certs) get(hello *tls.ClientHelloInfo) (*tls.Certificate, error) {
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.names == nil || len(c.names) >= len(l.hosts)+strangers {
+	if c.names == nil || len(c.names) >= l.hosts.n+strangers {
 		c.names = map[string]*tls.Certificate{} // strangers are cheap to make again
 	}
 	c.names[name] = cert
@@ -225,12 +225,10 @@ func renewAt(leaf *x509.Certificate) time.Time {
 }
 
 // forget drops the certificates of hosts the table lost.
-func (c *certs) forget(l *live) {
+func (c *certs) forget(l *live, removed []string) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	for name := range c.names {
-		if _, ok := l.hosts[name]; !ok {
-			delete(c.names, name)
-		}
+	for _, name := range removed {
+		delete(c.names, name)
 	}
 }

@@ -31,6 +31,11 @@ type failure struct {
 	Hint string   `json:"hint,omitempty"`
 }
 
+// hash is the answer to a new table.
+type hash struct {
+	Hash string `json:"hash"`
+}
+
 // controlServer serves the daemon until ctx ends.
 func (rt *Router) controlServer(ctx context.Context) *http.Server {
 	mux := http.NewServeMux()
@@ -51,11 +56,24 @@ func (rt *Router) controlServer(ctx context.Context) *http.Server {
 		if err != nil {
 			return nil, fmt.Errorf("read table: %w", err)
 		}
-		t, err := decodeTable(b)
+		t, _, err := decodeTable(b)
 		if err != nil {
 			return nil, err
 		}
-		return struct{}{}, rt.Put(t)
+		h, err := rt.Put(t)
+		return hash{h}, err
+	})
+	handle("PATCH /table", func(r *http.Request) (any, error) {
+		b, err := io.ReadAll(io.LimitReader(r.Body, maxTableBytes+1))
+		if err != nil {
+			return nil, fmt.Errorf("read change: %w", err)
+		}
+		c, err := decodeChange(b)
+		if err != nil {
+			return nil, err
+		}
+		h, err := rt.Apply(c)
+		return hash{h}, err
 	})
 	handle("POST /drain", func(r *http.Request) (any, error) {
 		q := r.URL.Query()
@@ -131,12 +149,25 @@ type Client struct {
 }
 
 // Put makes t the router's table, see Router.Put.
-func (c Client) Put(ctx context.Context, t Table) error {
-	b, err := encodeTable(t)
+func (c Client) Put(ctx context.Context, t Table) (string, error) {
+	b, err := encodeTable(t, 0)
 	if err != nil {
-		return err
+		return "", err
 	}
-	return c.do(ctx, http.MethodPut, "/table", b, nil)
+	var h hash
+	err = c.do(ctx, http.MethodPut, "/table", b, &h)
+	return h.Hash, err
+}
+
+// Apply changes the router's table, see Router.Apply.
+func (c Client) Apply(ctx context.Context, ch Change) (string, error) {
+	b, err := json.Marshal(ch)
+	if err != nil {
+		return "", fmt.Errorf("encode change: %w", err)
+	}
+	var h hash
+	err = c.do(ctx, http.MethodPatch, "/table", b, &h)
+	return h.Hash, err
 }
 
 // Drain waits until the requests of an old release have ended, and at ctx's

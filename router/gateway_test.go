@@ -78,7 +78,7 @@ func TestJSONThroughRouterAndGateway(t *testing.T) {
 		}
 	})
 	dead := "127.0.0.1:1" // tried first half of the time, and passed over
-	if err := rt.Put(router.Table{Domain: "localhost", Hosts: []router.Host{
+	if _, err := rt.Put(router.Table{Domain: "localhost", Hosts: []router.Host{
 		{Name: "shop.localhost", App: "shop", Release: 1, Protocol: router.GRPC, Endpoints: []string{dead, ln.Addr().String()}, Descriptors: schema},
 		{Name: "gone.localhost", App: "gone", Release: 1, Protocol: router.GRPC, Endpoints: []string{dead}, Descriptors: schema},
 		{Name: "api.localhost", Kind: router.KindAPI},

@@ -49,7 +49,7 @@ func (rt *Router) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		problem{code: http.StatusServiceUnavailable, grpc: grpcUnavailable, msg: "the router has no table yet", hint: "start m3od, then try again"}.write(w, r)
 		return
 	}
-	q := &request{rt: rt, w: w, r: r, key: name, host: l.hosts[name]}
+	q := &request{rt: rt, w: w, r: r, key: name, host: l.find(name)}
 	if q.host == nil {
 		rt.notFound(w, r, l, name)
 		return
@@ -58,8 +58,12 @@ func (rt *Router) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		problem{code: http.StatusMethodNotAllowed, grpc: grpcUnimplemented, msg: "this is no proxy for CONNECT"}.write(w, r)
 		return
 	}
+	if q.host.Redirect != "" {
+		rt.redirect(w, r, q.host.Redirect, r.TLS != nil || rt.redirects(l))
+		return
+	}
 	if r.TLS == nil && rt.redirects(l) {
-		rt.redirect(w, r, name)
+		rt.redirect(w, r, name, true)
 		return
 	}
 	rest := ""
@@ -67,6 +71,9 @@ func (rt *Router) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		if rest = q.appPath(l); q.host == nil {
 			return // answered
 		}
+	}
+	if (q.host.Maintenance || q.host.Paused) && !q.await() {
+		return // answered
 	}
 	q.relay(rest)
 }
@@ -133,10 +140,10 @@ func (q *request) appPath(l *live) (rest string) {
 	q.byApp = true
 	name, rest, _ := strings.Cut(strings.TrimPrefix(q.r.URL.Path, "/"), "/")
 	key := strings.ToLower(name)
-	h := l.apps[key]
+	h := l.apps.get(key)
 	if h == nil && isVersion(key) && rest != "" {
 		second, more, _ := strings.Cut(rest, "/")
-		if h = l.apps[strings.ToLower(second)]; h != nil {
+		if h = l.apps.get(strings.ToLower(second)); h != nil {
 			key, rest = strings.ToLower(second), key+"/"+more
 		}
 	}
@@ -164,7 +171,7 @@ func (rt *Router) notFound(w http.ResponseWriter, r *http.Request, l *live, name
 		name = name[:253]
 	}
 	p := problem{code: http.StatusNotFound, grpc: grpcUnimplemented, msg: fmt.Sprintf("nothing is served at %q", name)}
-	if app, ok := strings.CutSuffix(name, "."+l.table.Domain); ok && m3o.CheckAppName(app) == nil {
+	if app, ok := strings.CutSuffix(name, "."+l.domain); ok && m3o.CheckAppName(app) == nil {
 		p.msg = fmt.Sprintf("no app called %q has been released here", app)
 		p.hint = "git push m3o main releases it; m3o create " + app + " makes it first"
 	}
@@ -178,26 +185,32 @@ func (rt *Router) redirects(l *live) bool {
 	case PlainRedirect:
 		return true
 	}
-	d := l.table.Domain
+	d := l.domain
 	return rt.cfg.HTTPS != nil && d != "localhost" && !strings.HasSuffix(d, ".localhost")
 }
 
-func (rt *Router) redirect(w http.ResponseWriter, r *http.Request, name string) {
+// redirect sends the client to name, with the same path and query.
+func (rt *Router) redirect(w http.ResponseWriter, r *http.Request, name string, secure bool) {
+	scheme, ln, standard := "https", rt.cfg.HTTPS, "443"
+	if !secure {
+		scheme, ln, standard = "http", rt.cfg.HTTP, "80"
+	}
 	host := name
-	if rt.cfg.HTTPS != nil {
-		if _, port, err := net.SplitHostPort(rt.cfg.HTTPS.Addr().String()); err == nil && port != "443" {
+	if ln != nil {
+		if _, port, err := net.SplitHostPort(ln.Addr().String()); err == nil && port != standard {
 			host = net.JoinHostPort(name, port)
 		}
 	}
 	if isGRPC(r) {
-		problem{code: http.StatusPermanentRedirect, grpc: grpcUnavailable, msg: "this host is served over TLS only", hint: "dial " + host}.write(w, r)
+		problem{code: http.StatusPermanentRedirect, grpc: grpcUnavailable, msg: "this host is served at " + scheme + "://" + host + " only", hint: "dial " + host}.write(w, r)
 		return
 	}
-	w.Header()["Content-Type"] = nil
-	w.Header()["Location"] = []string{"https://" + host + target(r)}
-	if target(r) == "*" {
-		w.Header()["Location"] = []string{"https://" + host + "/"}
+	to := target(r)
+	if to == "*" {
+		to = "/"
 	}
+	w.Header()["Content-Type"] = nil
+	w.Header()["Location"] = []string{scheme + "://" + host + to}
 	w.WriteHeader(http.StatusPermanentRedirect)
 }
 
@@ -205,9 +218,9 @@ func (rt *Router) redirect(w http.ResponseWriter, r *http.Request, name string) 
 func (q *request) lookup() *host {
 	l := q.rt.live.Load()
 	if q.byApp {
-		return l.apps[q.key]
+		return l.apps.get(q.key)
 	}
-	return l.hosts[q.key]
+	return l.find(q.key)
 }
 
 // acquire counts the request in on an endpoint of its host.

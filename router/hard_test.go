@@ -546,40 +546,6 @@ func FuzzFraming(f *testing.F) {
 	})
 }
 
-func FuzzTable(f *testing.F) {
-	good, err := encodeTable(table(appHost("one", 1, HTTP1, "127.0.0.1:80", "unix:/x"), Host{Name: "api.localhost", Kind: KindAPI}))
-	if err != nil {
-		f.Fatal(err)
-	}
-	for _, s := range []string{string(good), "{}", `{"version":1}`, `{"version":1,"domain":"localhost","hosts":null}`, `{"Version":1,"DOMAIN":"a"}`} {
-		f.Add([]byte(s))
-	}
-	f.Fuzz(func(t *testing.T, b []byte) {
-		tab, err := decodeTable(b)
-		if err != nil {
-			if m3o.KindOf(err) != m3o.Invalid {
-				t.Errorf("%v is %v", err, m3o.KindOf(err))
-			}
-			return
-		}
-		again, err := encodeTable(tab)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if back, err := decodeTable(again); err != nil || len(back.Hosts) != len(tab.Hosts) || back.Domain != tab.Domain {
-			t.Errorf("%q does not survive: %v", b, err)
-		}
-		l, _ := build(tab, "", nil, Limits{}.withDefaults())
-		for _, h := range l.hosts {
-			for _, e := range h.pool {
-				if e.network == "" {
-					t.Errorf("endpoint %q was let through", e.addr)
-				}
-			}
-		}
-	})
-}
-
 func FuzzFrames(f *testing.F) {
 	f.Add([]byte{0x81, 2, 'h', 'i', 0x88, 0}, 1)
 	f.Add([]byte{0x82, 126, 0, 3, 1, 2, 3, 0x82, 127, 0, 0, 0, 0, 0, 0, 0, 1, 9, 0x81, 0x81, 1, 2, 3, 4, 5}, 3)
@@ -603,7 +569,7 @@ func BenchmarkRelay(b *testing.B) {
 		_, _ = w.Write(make([]byte, 200))
 	}))
 	f := start(b)
-	if err := f.client.Put(context.Background(), table(appHost("h1", 1, HTTP1, addr), appHost("h2", 1, H2C, addr))); err != nil {
+	if _, err := f.client.Put(context.Background(), table(appHost("h1", 1, HTTP1, addr), appHost("h2", 1, H2C, addr))); err != nil {
 		b.Fatal(err)
 	}
 	for _, host := range []string{"h1", "h2"} {

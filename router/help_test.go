@@ -120,7 +120,7 @@ func appHost(app string, release int, protocol string, endpoints ...string) Host
 
 func (f *fixture) put(t testing.TB, hosts ...Host) {
 	t.Helper()
-	if err := f.client.Put(t.Context(), table(hosts...)); err != nil {
+	if _, err := f.client.Put(t.Context(), table(hosts...)); err != nil {
 		t.Fatal(err)
 	}
 }

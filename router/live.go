@@ -2,6 +2,7 @@ package router
 
 import (
 	"context"
+	"fmt"
 	"math/rand/v2"
 	"net"
 	"net/http"
@@ -12,15 +13,6 @@ import (
 	"github.com/m3o/m3o"
 )
 
-// live is a Table made ready to serve: immutable but for the counters in what
-// it points to. Router.live swaps it whole.
-type live struct {
-	table Table
-	hash  string
-	hosts map[string]*host
-	apps  map[string]*host // the host api.<domain>/<app>/… means
-}
-
 // host is one row of the table with the objects behind it.
 type host struct {
 	Host
@@ -28,13 +20,37 @@ type host struct {
 	pool []*endpoint
 	// grpc and h2 say how to speak to the endpoints.
 	grpc, h2 bool
-	limits   *limits
+	sum      digest
 }
 
 // app counts over all releases, and outlives every table.
 type app struct {
 	requests, failures, inflight atomic.Int64
 	stats                        stats
+	held                         atomic.Int64 // requests that wait while it is paused
+	rows                         map[int]int  // how many rows each of its releases has; guarded by Router.mu
+
+	mu      sync.Mutex    // guards changed
+	changed chan struct{} // closed when one of its rows changes; nil while nobody waits
+}
+
+// next is closed when a row of the app changes.
+func (a *app) next() <-chan struct{} {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.changed == nil {
+		a.changed = make(chan struct{})
+	}
+	return a.changed
+}
+
+func (a *app) tell() {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.changed != nil {
+		close(a.changed)
+		a.changed = nil
+	}
 }
 
 // releaseID names what is drained together.
@@ -49,6 +65,7 @@ type endpoint struct {
 	id               releaseID
 	addr             string // as in the table
 	network, address string // for net.Dial
+	refs             int    // rows that have it; guarded by Router.mu
 	inflight         atomic.Int64
 	// retired is set after the table without this endpoint is live. Whoever
 	// wants the endpoint first counts itself in and then looks at retired, so
@@ -309,80 +326,14 @@ func used(tried []*endpoint, e *endpoint) bool {
 	return false
 }
 
-// build makes t ready to serve, taking over from old the endpoints and apps it
-// still has. It returns the endpoints of old that t lacks.
-func build(t Table, hash string, old *live, lim *limits) (*live, []*endpoint) {
-	type key struct {
-		id   releaseID
-		addr string
-	}
-	eps := map[key]*endpoint{}
-	apps := map[string]*app{}
-	if old != nil {
-		for _, h := range old.hosts {
-			apps[h.App] = h.app
-			for _, e := range h.pool {
-				eps[key{e.id, e.addr}] = e
-			}
-		}
-	}
-	kept := map[*endpoint]bool{}
-	l := &live{table: t, hash: hash, hosts: make(map[string]*host, len(t.Hosts)), apps: make(map[string]*host, len(t.Hosts))}
-	for _, th := range t.Hosts {
-		h := &host{Host: th, app: apps[th.App], limits: lim}
-		h.grpc = th.Protocol == GRPC
-		h.h2 = h.grpc || th.Protocol == H2C
-		if h.app == nil {
-			h.app = &app{}
-			apps[th.App] = h.app
-		}
-		id := releaseID{th.App, th.Release}
-		for _, addr := range th.Endpoints {
-			k := key{id, addr}
-			e := eps[k]
-			if e == nil {
-				e = newEndpoint(id, addr, lim)
-				eps[k] = e
-			}
-			kept[e] = true
-			h.pool = append(h.pool, e)
-		}
-		l.hosts[th.Name] = h
-		if th.Kind == KindAPI {
-			continue
-		}
-		// v12--app.<domain> is an app's too; its own name is the one meant.
-		if cur := l.apps[th.App]; cur == nil || th.Name == th.App+"."+t.Domain {
-			l.apps[th.App] = h
-		}
-	}
-	var gone []*endpoint
-	for _, e := range eps {
-		if !kept[e] {
-			gone = append(gone, e)
-		}
-	}
-	return l, gone
-}
-
-// tidyStats drops counts of releases that are served no more, see stats.tidy.
-func (l *live) tidyStats() {
-	served := map[*app]map[int]bool{}
-	for _, h := range l.hosts {
-		if served[h.app] == nil {
-			served[h.app] = map[int]bool{}
-		}
-		served[h.app][h.Release] = true
-	}
-	for a, releases := range served {
-		a.stats.tidy(releases)
-	}
-}
-
 // errNoEndpoint says the app has nothing ready.
 func errNoEndpoint(h *host) error {
 	if h.Kind == KindAPI {
 		return &m3o.Error{Kind: m3o.Unavailable, Msg: "the daemon is not running; apps go on", Hint: "start m3od, then try again"}
+	}
+	if h.Kind == KindRelease {
+		return &m3o.Error{Kind: m3o.Unavailable, Msg: fmt.Sprintf("v%d of %s is kept but does not run", h.Release, h.App),
+			Hint: fmt.Sprintf("m3o rollback v%d -a %s makes it live", h.Release, h.App)}
 	}
 	if h.Release == 0 {
 		return &m3o.Error{Kind: m3o.Unavailable, Msg: "app " + h.App + " has no release yet", Hint: "git push m3o main"}

@@ -17,9 +17,11 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
+	"maps"
 	"net"
 	"net/http"
 	"os"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -84,6 +86,8 @@ type Limits struct {
 	UpstreamIdle    time.Duration // of a connection to an app, shorter than what apps allow; 4 s
 	IdlePerEndpoint int           // idle connections kept to an endpoint; 256
 	Grace           time.Duration // for what is in flight when Run ends; 30 s
+	Hold            time.Duration // of a request to a paused app; 30 s
+	Held            int           // requests held for one paused app; 1,000
 }
 
 type limits = Limits
@@ -104,6 +108,8 @@ func (l Limits) withDefaults() *limits {
 	num(&l.ConnsPerIP, 2000)
 	num(&l.Streams, 128)
 	num(&l.IdlePerEndpoint, 256)
+	num(&l.Held, 1000)
+	set(&l.Hold, 30*time.Second)
 	set(&l.HeaderRead, 20*time.Second)
 	set(&l.Idle, 2*time.Minute)
 	set(&l.BodyIdle, time.Minute)
@@ -125,8 +131,14 @@ type Router struct {
 	live    atomic.Pointer[live]
 	tails   tails
 
-	mu      sync.Mutex // guards retired and the order of puts
-	retired map[releaseID][]*endpoint
+	keep sync.Mutex // orders writes of the table's file and guards kept; taken before mu
+	kept uint64     // number of the table in the file
+
+	mu        sync.Mutex // guards what follows and the order of changes
+	retired   map[releaseID][]*endpoint
+	endpoints map[endpointID]*endpoint // those of the table
+	apps      map[string]*app          // those of the table
+	journal   journal
 }
 
 // New checks cfg and loads the last good table, so that Run serves before the
@@ -136,7 +148,8 @@ func New(cfg Config) (*Router, error) {
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
-	rt := &Router{cfg: cfg, limits: cfg.Limits.withDefaults(), log: cfg.Log, started: time.Now(), retired: map[releaseID][]*endpoint{}}
+	rt := &Router{cfg: cfg, limits: cfg.Limits.withDefaults(), log: cfg.Log, started: time.Now(),
+		retired: map[releaseID][]*endpoint{}, endpoints: map[endpointID]*endpoint{}, apps: map[string]*app{}}
 	if cfg.State == "" {
 		return nil, m3o.Errorf(m3o.Invalid, "router needs a file for its table")
 	}
@@ -152,51 +165,105 @@ func New(cfg Config) (*Router, error) {
 			return nil, fmt.Errorf("close the control socket to others: %w", err)
 		}
 	}
-	b, err := os.ReadFile(cfg.State)
+	t, seq, err := load(cfg.State)
 	if errors.Is(err, fs.ErrNotExist) {
 		return rt, nil
-	}
-	var t Table
-	if err == nil {
-		t, err = decodeTable(b)
 	}
 	if err != nil {
 		rt.log.Warn("last good table is unreadable, starting empty", "file", cfg.State, "err", err)
 		return rt, nil
 	}
-	l, _ := build(t, hashOf(b), nil, rt.limits)
+	l, _, _ := rt.apply(nil, t.Domain, t.Hosts, nil)
+	l.seq = seq
 	rt.live.Store(l)
 	return rt, nil
 }
 
 // Put makes t the table: checked, on disk, then live in one step. After an
 // error the old table stays. Requests in flight on endpoints that t lacks go
-// on until they end or Drain ends them.
-func (rt *Router) Put(t Table) error {
+// on until they end or Drain ends them. It returns the table's hash.
+func (rt *Router) Put(t Table) (string, error) {
 	if err := t.Validate(); err != nil {
-		return err
+		return "", err
 	}
-	b, err := encodeTable(t)
+	rt.keep.Lock()
+	defer rt.keep.Unlock()
+	rt.mu.Lock()
+	defer rt.mu.Unlock()
+	old := rt.live.Load()
+	seq := uint64(0)
+	set := t.Hosts
+	var remove []string
+	if old != nil {
+		seq = old.seq + 1
+		names := make(map[string]bool, len(t.Hosts))
+		for i := range t.Hosts {
+			names[t.Hosts[i].Name] = true
+		}
+		for h := range old.hosts.all() {
+			if !names[h.Name] {
+				remove = append(remove, h.Name)
+			}
+		}
+		if old.domain == t.Domain {
+			set = slices.DeleteFunc(slices.Clone(t.Hosts), func(h Host) bool {
+				o := old.hosts.get(h.Name)
+				return o != nil && o.sum == sumOf(&h)
+			})
+		}
+	}
+	b, err := encodeTable(t, seq)
 	if err != nil {
-		return err
+		return "", err
+	}
+	if err := atomicfile.Write(rt.cfg.State, b, 0o600); err != nil {
+		return "", fmt.Errorf("keep table: %w", err)
+	}
+	rt.kept = seq
+	if err := rt.journal.clear(rt.cfg.State); err != nil {
+		rt.log.Warn("journal stays", "err", err) // what is in it is older than the file
+	}
+	return rt.swap(old, t.Domain, set, remove), nil
+}
+
+// Apply changes the table as Put does, at a cost that does not grow with it.
+// A change of another table than the live one is a Conflict.
+func (rt *Router) Apply(c Change) (string, error) {
+	if err := c.Validate(); err != nil {
+		return "", err
 	}
 	rt.mu.Lock()
 	defer rt.mu.Unlock()
-	if err := atomicfile.Write(rt.cfg.State, b, 0o600); err != nil {
-		return fmt.Errorf("keep table: %w", err)
+	old := rt.live.Load()
+	if old == nil || old.sum.String() != c.Base {
+		return "", &m3o.Error{Kind: m3o.Conflict, Msg: "the change is about another table than the router has", Hint: "hand over the whole table"}
 	}
-	l, gone := build(t, hashOf(b), rt.live.Load(), rt.limits)
+	if old.hosts.n+len(c.Set) > maxHosts {
+		return "", m3o.Errorf(m3o.Invalid, "more than %d hosts", maxHosts)
+	}
+	if err := rt.journal.add(rt.cfg.State, old.seq+1, c); err != nil {
+		return "", err
+	}
+	return rt.swap(old, old.domain, c.Set, c.Remove), nil
+}
+
+// swap makes what old becomes the live table and retires what it lost. rt.mu is held.
+func (rt *Router) swap(old *live, domain string, set []Host, remove []string) string {
+	l, gone, touched := rt.apply(old, domain, set, remove)
 	rt.live.Store(l)
 	for _, e := range gone {
 		e.retire()
 		rt.retired[e.id] = append(rt.retired[e.id], e)
 	}
-	rt.forgetIdle()
-	l.tidyStats()
-	if rt.certs != nil {
-		rt.certs.forget(l)
+	for a := range touched {
+		a.stats.tidy(a.rows)
+		a.tell()
 	}
-	return nil
+	rt.forgetIdle()
+	if rt.certs != nil {
+		rt.certs.forget(l, remove)
+	}
+	return l.sum.String()
 }
 
 // forgetIdle drops retired endpoints with nothing in flight. rt.mu is held.
@@ -296,22 +363,15 @@ func (rt *Router) Status() Status {
 	if l == nil {
 		return s
 	}
-	s.Domain, s.Table, s.Hosts = l.table.Domain, l.hash, len(l.hosts)
-	for _, h := range l.hosts {
-		if h.App != "" {
-			s.Apps[h.App] = AppStatus{h.app.requests.Load(), h.app.failures.Load(), h.app.inflight.Load()}
+	s.Domain, s.Table, s.Hosts = l.domain, l.sum.String(), l.hosts.n
+	rt.mu.Lock()
+	defer rt.mu.Unlock()
+	for name, a := range rt.apps {
+		if name != "" {
+			s.Apps[name] = AppStatus{a.requests.Load(), a.failures.Load(), a.inflight.Load()}
 		}
 	}
 	return s
-}
-
-// TableHash is what Status.Table is for t: the daemon compares before it puts.
-func TableHash(t Table) (string, error) {
-	b, err := encodeTable(t)
-	if err != nil {
-		return "", err
-	}
-	return hashOf(b), nil
 }
 
 // Run serves until ctx ends, then stops taking connections, lets what is in
@@ -377,6 +437,9 @@ func (rt *Router) Run(ctx context.Context) error {
 	rt.shutdown(ctx, srv, lns)
 	wg.Wait()
 	rt.closeIdle()
+	rt.mu.Lock()
+	rt.journal.close()
+	rt.mu.Unlock()
 	if ctx.Err() != nil && errors.Is(cause, context.Cause(ctx)) {
 		return nil
 	}
@@ -407,26 +470,10 @@ func (rt *Router) shutdown(ctx context.Context, srv *http.Server, lns []net.List
 
 // each calls f for every endpoint of the table and every retired one.
 func (rt *Router) each(f func(*endpoint)) {
-	seen := map[*endpoint]bool{}
-	var all []*endpoint
-	add := func(e *endpoint) {
-		if !seen[e] {
-			seen[e] = true
-			all = append(all, e)
-		}
-	}
-	if l := rt.live.Load(); l != nil {
-		for _, h := range l.hosts {
-			for _, e := range h.pool {
-				add(e)
-			}
-		}
-	}
 	rt.mu.Lock()
+	all := slices.Collect(maps.Values(rt.endpoints))
 	for _, es := range rt.retired {
-		for _, e := range es {
-			add(e)
-		}
+		all = append(all, es...)
 	}
 	rt.mu.Unlock()
 	for _, e := range all {
@@ -446,6 +493,7 @@ func (rt *Router) housekeep(ctx context.Context) {
 			return
 		case <-tick.C:
 			rt.each(func(e *endpoint) { e.h1.prune(rt.limits.UpstreamIdle) })
+			rt.compact()
 		}
 	}
 }

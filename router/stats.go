@@ -245,14 +245,14 @@ func (s *stats) read(window time.Duration, now time.Time) []Series {
 
 // tidy drops the series of releases that served does not have once half of the
 // bound is taken, so that years of deploys do not fill it.
-func (s *stats) tidy(served map[int]bool) {
+func (s *stats) tidy(served map[int]int) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if len(s.series) < maxSeries/2 {
 		return
 	}
 	for k := range s.series {
-		if !served[k.Release] {
+		if served[k.Release] == 0 {
 			delete(s.series, k)
 		}
 	}
@@ -269,10 +269,10 @@ type Stats struct {
 // at most 15 minutes, or since this process started when it is 0.
 func (rt *Router) Requests(app string, window time.Duration) Stats {
 	l := rt.live.Load()
-	if l == nil || l.apps[app] == nil {
+	if l == nil || l.apps.get(app) == nil {
 		return Stats{}
 	}
-	s := &l.apps[app].app.stats
+	s := &l.apps.get(app).app.stats
 	st := Stats{Series: s.read(window, time.Now())}
 	st.Failed, st.Slow = s.samples()
 	return st

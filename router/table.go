@@ -1,13 +1,10 @@
 package router
 
 import (
-	"bytes"
 	"crypto/sha256"
-	"encoding/hex"
+	"encoding/binary"
 	"encoding/json"
-	"errors"
 	"fmt"
-	"io"
 	"net/netip"
 	"path/filepath"
 	"slices"
@@ -35,8 +32,9 @@ const (
 
 // The kinds of a host.
 const (
-	KindApp = "app" // every request goes to Endpoints
-	KindAPI = "api" // see Host.Kind
+	KindApp     = "app"     // every request goes to Endpoints
+	KindAPI     = "api"     // see Host.Kind
+	KindRelease = "release" // like KindApp, the permanent host of one release; never what api.<domain>/<app>/… means
 )
 
 // A Table is everything the router serves from. It is immutable once it has
@@ -50,7 +48,7 @@ type Table struct {
 
 // A Host says where the requests of one host name go.
 type Host struct {
-	Name    string `json:"name"`              // exact lower-case host, no port, no trailing dot
+	Name    string `json:"name"`              // exact lower-case host, no port, no trailing dot; "*.x.org" for every name one label under x.org
 	App     string `json:"app,omitempty"`     // whose it is; empty only for KindAPI
 	Release int    `json:"release,omitempty"` // the release its endpoints run
 	// Endpoints are the ready ones: "ip:port" or "unix:/path". None is legal:
@@ -61,46 +59,53 @@ type Host struct {
 	// Kind is KindApp when empty. On a KindAPI host /m3o.v1.*/…, /-/… and /
 	// go to Endpoints, and every other path is /<app>/…, which the Gateway
 	// answers with that app.
-	Kind     string `json:"kind,omitempty"`
-	Redirect string `json:"redirect,omitempty"` // reserved; must be empty
+	Kind string `json:"kind,omitempty"`
+	// Redirect is a host that every request is sent on to with 308, path and
+	// query kept: www.x.org to x.org. A host with it needs no endpoints.
+	Redirect string `json:"redirect,omitempty"`
+	// Asleep says that the app was stopped because nobody used it.
+	Asleep bool `json:"asleep,omitempty"`
+	// Maintenance answers every request with 503 in the app's stead.
+	Maintenance bool `json:"maintenance,omitempty"`
+	// Paused holds requests until it is false again, for Limits.Hold at most.
+	Paused bool    `json:"paused,omitempty"`
+	Policy *Policy `json:"policy,omitempty"` // nil: everybody may everything
 }
 
-// file is the JSON form of a Table, on the wire and on disk.
-type file struct {
-	Version int `json:"version"`
-	Table
+// A Policy is what an app asks of its requests before they reach it.
+type Policy struct{}
+
+// A Change is what one table has and another has not, so that the work of a
+// change does not grow with the table.
+type Change struct {
+	Base   string   `json:"base"` // hash of the table it is about; any other is a Conflict
+	Set    []Host   `json:"set,omitempty"`
+	Remove []string `json:"remove,omitempty"` // names; one that is not there is no error
 }
 
-func encodeTable(t Table) ([]byte, error) {
-	b, err := json.Marshal(file{tableVersion, t})
-	if err != nil {
-		return nil, fmt.Errorf("encode table: %w", err)
-	}
-	return b, nil
+// digest is a hash of a set of rows that does not depend on their order, so that
+// a change costs no more than its own rows: the sum of the rows' hashes.
+type digest [2]uint64
+
+func (s digest) add(o digest) digest { return digest{s[0] + o[0], s[1] + o[1]} }
+func (s digest) sub(o digest) digest { return digest{s[0] - o[0], s[1] - o[1]} }
+
+func (s digest) String() string { return fmt.Sprintf("%016x%016x", s[0], s[1]) }
+
+func sumOf(v any) digest {
+	b, _ := json.Marshal(v) // strings, numbers and flags cannot fail
+	h := sha256.Sum256(b)
+	return digest{binary.BigEndian.Uint64(h[:]), binary.BigEndian.Uint64(h[8:])}
 }
 
-// decodeTable reads what encodeTable wrote and nothing else: unknown keys,
-// another version, trailing bytes and whatever Validate refuses are errors.
-func decodeTable(b []byte) (Table, error) {
-	if len(b) > maxTableBytes {
-		return Table{}, m3o.Errorf(m3o.Invalid, "table of %d bytes is larger than %d", len(b), maxTableBytes)
+// TableHash is what Status.Table and Change.Base are for t.
+func TableHash(t Table) string {
+	s := sumOf(t.Domain)
+	for i := range t.Hosts {
+		s = s.add(sumOf(&t.Hosts[i]))
 	}
-	dec := json.NewDecoder(bytes.NewReader(b))
-	dec.DisallowUnknownFields()
-	var f file
-	if err := dec.Decode(&f); err != nil {
-		return Table{}, m3o.Errorf(m3o.Invalid, "decode table: %w", err)
-	}
-	if _, err := dec.Token(); !errors.Is(err, io.EOF) {
-		return Table{}, m3o.Errorf(m3o.Invalid, "decode table: more follows the table")
-	}
-	if f.Version != tableVersion {
-		return Table{}, m3o.Errorf(m3o.Invalid, "table has version %d, this router reads %d", f.Version, tableVersion)
-	}
-	return f.Table, f.Table.Validate()
+	return s.String()
 }
-
-func hashOf(b []byte) string { h := sha256.Sum256(b); return hex.EncodeToString(h[:8]) }
 
 // Validate reports every fault of the table at once, as one Invalid error.
 func (t Table) Validate() error {
@@ -116,40 +121,62 @@ func (t Table) Validate() error {
 	if len(t.Hosts) > maxHosts {
 		fault("%d hosts are more than %d", len(t.Hosts), maxHosts)
 	}
-	type release struct {
-		app string
-		n   int
-	}
-	names := make(map[string]bool, len(t.Hosts))
-	first := make(map[release]*Host, len(t.Hosts))
-	for i := range t.Hosts {
-		h := &t.Hosts[i]
-		if names[h.Name] {
-			fault("host %q is there twice", h.Name)
-		}
-		names[h.Name] = true
-		h.validate(fault)
-		// Hosts of one release share its endpoints and so its in-flight count.
-		key := release{h.App, h.Release}
-		if o, ok := first[key]; !ok {
-			first[key] = h
-		} else if h.Kind == o.Kind && (h.Protocol != o.Protocol || h.Descriptors != o.Descriptors || !slices.Equal(h.Endpoints, o.Endpoints)) {
-			fault("hosts %q and %q are both v%d of %q but differ", o.Name, h.Name, h.Release, h.App)
+	validateHosts(t.Hosts, nil, fault)
+	return badTable(faults)
+}
+
+// Validate reports every fault of the change at once, as one Invalid error.
+func (c Change) Validate() error {
+	var faults []string
+	fault := func(format string, args ...any) {
+		if len(faults) < 20 {
+			faults = append(faults, fmt.Sprintf(format, args...))
 		}
 	}
+	validateHosts(c.Set, c.Remove, fault)
+	return badTable(faults)
+}
+
+func badTable(faults []string) error {
 	if faults == nil {
 		return nil
 	}
 	return &m3o.Error{Kind: m3o.Invalid, Msg: "bad table: " + strings.Join(faults, "; ")}
 }
 
+func validateHosts(hosts []Host, other []string, fault func(string, ...any)) {
+	names := make(map[string]bool, len(hosts)+len(other))
+	for _, n := range other {
+		names[n] = true
+	}
+	first := make(map[releaseID]*Host, len(hosts))
+	for i := range hosts {
+		h := &hosts[i]
+		if names[h.Name] {
+			fault("host %q is there twice", h.Name)
+		}
+		names[h.Name] = true
+		h.validate(fault)
+		if h.Redirect != "" {
+			continue
+		}
+		// Hosts of one release share its endpoints and so its in-flight count.
+		key := releaseID{h.App, h.Release}
+		if o, ok := first[key]; !ok {
+			first[key] = h
+		} else if h.Protocol != o.Protocol || h.Descriptors != o.Descriptors || !slices.Equal(h.Endpoints, o.Endpoints) {
+			fault("hosts %q and %q are both v%d of %q but differ", o.Name, h.Name, h.Release, h.App)
+		}
+	}
+}
+
 func (h *Host) validate(fault func(string, ...any)) {
-	if !validHost(h.Name) {
+	if parent, wild := strings.CutPrefix(h.Name, "*."); !validHost(h.Name) && (!wild || !validHost(parent)) {
 		fault("host %q is not a lower-case host name", h.Name)
 	}
 	switch h.Kind {
-	case "", KindApp:
-		if err := m3o.CheckAppName(h.App); err != nil {
+	case "", KindApp, KindRelease:
+		if err := checkApp(h.App); err != nil {
 			fault("host %q: %v", h.Name, err)
 		}
 	case KindAPI:
@@ -164,8 +191,8 @@ func (h *Host) validate(fault func(string, ...any)) {
 	default:
 		fault("host %q has the unknown protocol %q", h.Name, h.Protocol)
 	}
-	if h.Redirect != "" {
-		fault("host %q has a redirect, which this router does not know", h.Name)
+	if h.Redirect != "" && (!validHost(h.Redirect) || h.Redirect == h.Name) {
+		fault("host %q cannot redirect to %q", h.Name, h.Redirect)
 	}
 	if h.Descriptors != "" && (!filepath.IsAbs(h.Descriptors) || filepath.Clean(h.Descriptors) != h.Descriptors) {
 		fault("host %q: descriptors %q is not a clean absolute path", h.Name, h.Descriptors)
@@ -223,4 +250,13 @@ func hostOf(h string) string {
 		h = h[:i]
 	}
 	return strings.ToLower(strings.TrimSuffix(h, "."))
+}
+
+// checkApp accepts the names of apps and those the platform makes of them,
+// such as pr-7--app.
+func checkApp(name string) error {
+	if i := strings.LastIndex(name, "--"); i > 0 && validHost(name) {
+		name = name[i+2:]
+	}
+	return m3o.CheckAppName(name)
 }
