@@ -24,6 +24,9 @@ import (
 // drainTime is how long a drain waits when nobody says.
 const drainTime = 5 * time.Minute
 
+// maxFailure bounds one.
+const maxFailure = 64 << 10
+
 // failure is how an error crosses the control socket.
 type failure struct {
 	Kind m3o.Kind `json:"kind"`
@@ -99,6 +102,15 @@ func (rt *Router) controlServer(ctx context.Context) *http.Server {
 		return rt.Requests(r.URL.Query().Get("app"), window), nil
 	})
 	mux.HandleFunc("GET /follow", rt.serveFollow)
+	mux.HandleFunc("GET /asks", rt.serveAsks)
+	handle("POST /wake", func(r *http.Request) (any, error) {
+		var f failure
+		if err := json.NewDecoder(io.LimitReader(r.Body, maxFailure)).Decode(&f); err != nil {
+			return nil, m3o.Errorf(m3o.Invalid, "decode failure: %w", err)
+		}
+		rt.FailWake(r.URL.Query().Get("app"), &m3o.Error{Kind: m3o.Unavailable, Msg: f.Msg, Hint: f.Hint})
+		return struct{}{}, nil
+	})
 	handle("GET /status", func(*http.Request) (any, error) { return rt.Status(), nil })
 	return &http.Server{
 		Handler:           onlySelf(mux),

@@ -227,6 +227,12 @@ func (q *request) lookup() *host {
 func (q *request) acquire() error {
 	for {
 		e := q.host.pick(q.tried)
+		if e == nil && q.tried == nil && len(q.host.pool) == 0 && q.host.waits() {
+			if err := q.wait(); err != nil {
+				return err
+			}
+			continue
+		}
 		if e == nil {
 			return errNoEndpoint(q.host)
 		}

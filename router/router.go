@@ -130,6 +130,7 @@ type Router struct {
 	started time.Time
 	live    atomic.Pointer[live]
 	tails   tails
+	lobby   lobby
 
 	keep sync.Mutex // orders writes of the table's file and guards kept; taken before mu
 	kept uint64     // number of the table in the file

@@ -63,8 +63,12 @@ type Host struct {
 	// Redirect is a host that every request is sent on to with 308, path and
 	// query kept: www.x.org to x.org. A host with it needs no endpoints.
 	Redirect string `json:"redirect,omitempty"`
-	// Asleep says that the app was stopped because nobody used it.
+	// Asleep says that the app was stopped because nobody used it: requests
+	// wait while the daemon is asked for an endpoint (Client.Asks).
 	Asleep bool `json:"asleep,omitempty"`
+	// Hold makes requests wait while there is no endpoint, because one is
+	// about to come.
+	Hold bool `json:"hold,omitempty"`
 	// Maintenance answers every request with 503 in the app's stead.
 	Maintenance bool `json:"maintenance,omitempty"`
 	// Paused holds requests until it is false again, for Limits.Hold at most.
