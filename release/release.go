@@ -27,11 +27,12 @@ import (
 // A Ledger is the record of all apps. It is safe for concurrent use; one
 // process at a time may have a ledger open on a store.
 type Ledger struct {
-	log      *slog.Logger
-	apps     *store.Bucket[m3o.App]
-	builds   *store.Bucket[m3o.Build]
-	releases *store.Bucket[m3o.Release]
-	deploys  *store.Bucket[Deploy]
+	log        *slog.Logger
+	apps       *store.Bucket[m3o.App]
+	builds     *store.Bucket[m3o.Build]
+	releases   *store.Bucket[m3o.Release]
+	deploys    *store.Bucket[Deploy]
+	formations *store.Bucket[Formation]
 
 	mu    sync.Mutex // guards index and gen
 	index map[string]*derived
@@ -57,6 +58,9 @@ func Open(ctx context.Context, st *store.Store, log *slog.Logger) (*Ledger, erro
 		return nil, fmt.Errorf("open ledger: %w", err)
 	}
 	if l.deploys, err = store.NewBucket[Deploy](ctx, st, "deploys"); err != nil {
+		return nil, fmt.Errorf("open ledger: %w", err)
+	}
+	if l.formations, err = store.NewBucket[Formation](ctx, st, "formations"); err != nil {
 		return nil, fmt.Errorf("open ledger: %w", err)
 	}
 	if l.index, err = l.recompute(ctx, ""); err != nil {
@@ -154,6 +158,7 @@ func (l *Ledger) DestroyApp(ctx context.Context, name string) error {
 		removeAll(ctx, l.deploys, name),
 		removeAll(ctx, l.releases, name),
 		removeAll(ctx, l.builds, name),
+		l.formations.Delete(ctx, name, 0),
 	); err != nil {
 		return fmt.Errorf("destroy app %s: %w", name, err)
 	}
