@@ -51,14 +51,14 @@ func TestFormationIsKeptAndGoesWithItsApp(t *testing.T) {
 		t.Fatalf("Reform without an app = %v", err)
 	}
 	for range 2 {
-		if _, err := l.CreateApp(t.Context(), m3o.App{Name: "hello"}); err != nil {
+		if _, err := l.CreateApp(t.Context(), m3o.App{Name: "former"}); err != nil {
 			t.Fatal(err)
 		}
-		if f, err := l.Formation(t.Context(), "hello"); err != nil || len(f.Processes) != 0 {
+		if f, err := l.Formation(t.Context(), "former"); err != nil || len(f.Processes) != 0 {
 			t.Fatalf("a new app has the formation %+v, %v", f, err)
 		}
 		set := func(n int) error {
-			_, err := l.Reform(t.Context(), "hello", "ada", "scale web", func(f *Formation) error {
+			_, err := l.Reform(t.Context(), "former", "ada", "scale web", func(f *Formation) error {
 				f.Processes["web"] = Scale{Replicas: &n}
 				return nil
 			})
@@ -68,14 +68,14 @@ func TestFormationIsKeptAndGoesWithItsApp(t *testing.T) {
 			t.Fatal(err)
 		}
 		no := errors.New("no")
-		if _, err := l.Reform(t.Context(), "hello", "ada", "", func(f *Formation) error { clear(f.Processes); return no }); !errors.Is(err, no) {
+		if _, err := l.Reform(t.Context(), "former", "ada", "", func(f *Formation) error { clear(f.Processes); return no }); !errors.Is(err, no) {
 			t.Errorf("a refused change = %v", err)
 		}
-		f, err := l.Formation(t.Context(), "hello")
+		f, err := l.Formation(t.Context(), "former")
 		if err != nil || *f.Processes["web"].Replicas != 3 || f.User != "ada" || f.Reason != "scale web" {
 			t.Errorf("formation %+v, %v", f, err)
 		}
-		if err := l.DestroyApp(t.Context(), "hello"); err != nil {
+		if err := l.DestroyApp(t.Context(), "former"); err != nil {
 			t.Fatal(err)
 		}
 	}
