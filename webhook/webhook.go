@@ -31,6 +31,7 @@ const (
 	Gitea        Provider = "gitea"
 	MaxBody               = 25 << 20 // GitHub sends no more
 	maxPaths              = 300      // of one change; beyond it all paths count as changed
+	maxPathBytes          = 8 << 10  // of one change together
 	maxChanges            = 100      // of one push
 	maxText               = 500      // bytes of a title or message that are kept
 	maxEventName          = 64
@@ -174,8 +175,9 @@ func (e *Event) tidy() error {
 		if len(c.Paths) > maxPaths {
 			c.Paths, c.AllPaths = nil, true
 		}
+		bytes := 0
 		for _, p := range c.Paths {
-			if len(p) > maxText {
+			if bytes += len(p); bytes > maxPathBytes {
 				c.Paths, c.AllPaths = nil, true
 				break
 			}
