@@ -185,3 +185,12 @@ type Route struct {
 	Release   int
 	Endpoints []string // "ip:port"
 }
+
+// An API is what the gateway knows of the release it answers for.
+type API struct {
+	App     string
+	Release int
+	Schema  string   // file of its FileDescriptorSet, "" when it has none
+	Origins []string // sites whose pages may call it from a browser: "https://app.example.com", "*" for all
+	Strict  bool     // JSON with fields that a message lacks is refused
+}

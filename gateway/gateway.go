@@ -1,13 +1,16 @@
-// Package gateway answers plain JSON for apps that speak only gRPC: it finds
-// the method a path means, turns query, form or JSON into the request message,
-// calls the app and turns the answer back. What the app's messages look like
-// it knows from a FileDescriptorSet, which Reflect fetches from a running app.
+// Package gateway answers for apps that speak only gRPC what is not gRPC:
+// gRPC-Web, Connect, plain JSON, forms and queries, REST routes, WebSockets. It
+// finds the method a path means, carries the messages there and back, and hands
+// out the app's interface: OpenAPI, a page, reflection, clients. What the app's
+// messages look like it knows from a FileDescriptorSet, which Reflect fetches
+// from a running app.
 //
-// It must not know hosts, certificates, releases or where an app runs: it is
-// given the app's name, the file of its schema and a way to it.
+// It must not know hosts, certificates or where an app runs: it is given what
+// an m3o.API says and a way to the app.
 package gateway
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -27,7 +30,8 @@ import (
 
 // Config is what New needs; its zero value is usable.
 type Config struct {
-	MaxMessage int          // bytes of a message, either way, as JSON and on the wire; 16 MB
+	MaxMessage int          // bytes of a client's message, as it is sent and not compressed; 16 MB
+	MaxAnswer  int          // bytes of an app's message; MaxMessage when 0
 	Log        *slog.Logger // nil discards
 }
 
@@ -35,16 +39,20 @@ type Config struct {
 // request each; they read schema files once and expect what a path holds never
 // to change.
 type Gateway struct {
-	max     int
-	log     *slog.Logger
-	schemas schemas
+	max       int
+	maxAnswer int
+	log       *slog.Logger
+	schemas   schemas
 }
 
 // New makes a Gateway.
 func New(cfg Config) *Gateway {
-	g := &Gateway{max: cfg.MaxMessage, log: cfg.Log}
+	g := &Gateway{max: cfg.MaxMessage, maxAnswer: cfg.MaxAnswer, log: cfg.Log}
 	if g.max <= 0 {
 		g.max = 16 << 20
+	}
+	if g.maxAnswer <= 0 {
+		g.maxAnswer = g.max
 	}
 	if g.log == nil {
 		g.log = slog.New(slog.DiscardHandler)
@@ -53,61 +61,122 @@ func New(cfg Config) *Gateway {
 }
 
 // Match says whether r, sent to the host of an app that speaks gRPC, is for
-// ServeApp: all that is not gRPC itself. What the gateway does not speak yet
-// (gRPC-Web, Connect's own streams) it answers with 415.
-func (g *Gateway) Match(r *http.Request) bool {
+// ServeApp: all that is not gRPC itself, and reflection the app does not have.
+func (g *Gateway) Match(r *http.Request, api *m3o.API) bool {
 	ct := r.Header.Get("Content-Type")
-	return !strings.HasPrefix(ct, "application/grpc") || strings.HasPrefix(ct, "application/grpc-web")
+	if !strings.HasPrefix(ct, "application/grpc") || strings.HasPrefix(ct, "application/grpc-web") {
+		return true
+	}
+	return strings.HasPrefix(r.URL.Path, reflectionPrefix) && g.reflects(api, r.URL.Path)
 }
 
-// ServeApp answers a call at an app's own host, where the path is
-// /package.Service/Method. POST sends JSON or a form; GET is for methods
-// without side effects. schema is the file of the app's FileDescriptorSet, ""
-// when it has none. up carries HTTP/2 to the app.
-func (g *Gateway) ServeApp(w http.ResponseWriter, r *http.Request, app, schema string, up http.RoundTripper) {
-	g.serve(w, r, app, schema, up, func(s *set) (*method, error) {
-		m, err := s.byPath(app, r.URL.Path)
-		if err != nil {
-			return nil, err
-		}
-		if r.Method != http.MethodPost && (r.Method != http.MethodGet && r.Method != http.MethodHead || !m.safe) {
-			return nil, &problem{http: http.StatusMethodNotAllowed, grpc: codes.Unimplemented, detail: r.Method + " does not call " + m.path + ": use POST"}
-		}
-		return m, nil
-	})
+// ServeApp answers at an app's own host, where the path is
+// /package.Service/Method, a route the schema declares, or /-/… for the app's
+// interface. up carries HTTP/2 to the app.
+func (g *Gateway) ServeApp(w http.ResponseWriter, r *http.Request, api *m3o.API, up http.RoundTripper) {
+	g.serve(w, r, &target{api: api, path: r.URL.Path, find: func(s *set) (*method, error) { return s.byPath(api.App, r.URL.Path) }}, up)
 }
 
 // ServePath answers https://api.<domain>/<app>/<path>, where path names service
 // and method as M3O did: any verb, any case, hyphens for word boundaries.
-func (g *Gateway) ServePath(w http.ResponseWriter, r *http.Request, app, path, schema string, up http.RoundTripper) {
-	g.serve(w, r, app, schema, up, func(s *set) (*method, error) { return s.resolve(app, path) })
+func (g *Gateway) ServePath(w http.ResponseWriter, r *http.Request, api *m3o.API, path string, up http.RoundTripper) {
+	g.serve(w, r, &target{api: api, path: "/" + path, any: true, find: func(s *set) (*method, error) { return s.resolve(api.App, path) }}, up)
 }
 
-func (g *Gateway) serve(w http.ResponseWriter, r *http.Request, app, file string, up http.RoundTripper, find func(*set) (*method, error)) {
-	err := func() error {
-		if file == "" {
-			return &problem{http: http.StatusNotImplemented, grpc: codes.Unimplemented,
-				detail: "app " + app + " has no schema, so JSON cannot be turned into its messages: register gRPC reflection in its server, then deploy again"}
+// target is what a request asks for.
+type target struct {
+	api  *m3o.API
+	path string
+	any  bool // any verb calls any method
+	find func(*set) (*method, error)
+}
+
+// schema is the app's compiled schema; the error is a problem.
+func (g *Gateway) schema(api *m3o.API) (*set, error) {
+	if api.Schema == "" {
+		return nil, &problem{http: http.StatusNotImplemented, grpc: codes.Unimplemented,
+			detail: "app " + api.App + " has no schema, so JSON cannot be turned into its messages: register gRPC reflection in its server, then deploy again"}
+	}
+	s, err := g.schemas.load(api.Schema)
+	if err != nil {
+		g.log.Warn("schema is unreadable", "app", api.App, "file", api.Schema, "err", err)
+		return nil, &problem{http: http.StatusServiceUnavailable, grpc: codes.Unavailable, detail: "the schema of app " + api.App + " cannot be read; deploy it again"}
+	}
+	return s, nil
+}
+
+func (g *Gateway) method(t *target) (*method, error) {
+	s, err := g.schema(t.api)
+	if err != nil {
+		return nil, err
+	}
+	return t.find(s)
+}
+
+// serve tells the protocols apart.
+func (g *Gateway) serve(w http.ResponseWriter, r *http.Request, t *target, up http.RoundTripper) {
+	ct := r.Header.Get("Content-Type")
+	d, framed := dialectOf(ct)
+	var err error
+	switch {
+	case framed && r.Method == http.MethodPost:
+		path := t.path
+		var m *method
+		// Protobuf needs no schema; with one, short names work for it too.
+		if m, err = g.method(t); err == nil {
+			path = m.path
+		} else if d.json || t.any {
+			c := &framedCall{dialect: d, g: g, w: w, r: r}
+			c.finish(nil, err)
+			return
 		}
-		s, err := g.schemas.load(file)
-		if err != nil {
-			g.log.Warn("schema is unreadable", "app", app, "file", file, "err", err)
-			return &problem{http: http.StatusServiceUnavailable, grpc: codes.Unavailable, detail: "the schema of app " + app + " cannot be read; deploy it again"}
+		g.serveFramed(w, r, d, path, m, up)
+		return
+	case isConnectUnary(r):
+		path := t.path
+		if t.any {
+			if m, err := g.method(t); err == nil {
+				path = m.path
+			}
 		}
-		m, err := find(s)
-		if err != nil {
-			return err
-		}
-		if m.desc.IsStreamingClient() {
-			return &problem{http: http.StatusNotImplemented, grpc: codes.Unimplemented,
-				detail: m.path + " takes a stream of messages, which JSON over HTTP does not carry yet: call it with a gRPC client"}
-		}
-		return g.call(w, r, m, up)
-	}()
-	if err == nil || r.Context().Err() != nil {
+		g.serveUnary(w, r, path, func() (*method, error) { return g.method(t) }, up)
+		return
+	default:
+		err = g.plain(w, r, t, up)
+	}
+	if err == nil {
 		return
 	}
-	problemOf(err).write(w, r, app)
+	p := problemOf(err)
+	p.text = !t.any && !speaksJSON(r)
+	p.write(w, r, t.api.App)
+}
+
+// speaksJSON says that a client expects errors as JSON: it sent JSON, a form
+// or nothing, or accepts JSON.
+func speaksJSON(r *http.Request) bool {
+	if r.Header.Get("Connect-Protocol-Version") != "" {
+		return false
+	}
+	ct := mediaType(r.Header)
+	return r.Header.Get("Content-Type") == "" || ct == "application/json" || strings.HasSuffix(ct, "+json") || ct == "text/plain" || ct == "application/x-www-form-urlencoded" ||
+		ct == "multipart/form-data" || strings.Contains(r.Header.Get("Accept"), "json")
+}
+
+// plain answers JSON, forms and queries without a protocol around them.
+func (g *Gateway) plain(w http.ResponseWriter, r *http.Request, t *target, up http.RoundTripper) error {
+	m, err := g.method(t)
+	if err != nil {
+		return err
+	}
+	if !t.any && r.Method != http.MethodPost && (r.Method != http.MethodGet && r.Method != http.MethodHead || !m.safe) {
+		return &problem{http: http.StatusMethodNotAllowed, grpc: codes.Unimplemented, detail: r.Method + " does not call " + m.path + ": use POST"}
+	}
+	if m.desc.IsStreamingClient() {
+		return &problem{http: http.StatusNotImplemented, grpc: codes.Unimplemented,
+			detail: m.path + " takes a stream of messages, which JSON over HTTP does not carry yet: call it with a gRPC client"}
+	}
+	return g.call(w, r, m, up)
 }
 
 // call sends one message and answers with what comes back. An error it returns
@@ -121,17 +190,18 @@ func (g *Gateway) call(w http.ResponseWriter, r *http.Request, m *method, up htt
 	if err != nil {
 		return err
 	}
-	ctx := r.Context()
-	if d, ok := timeout(r.Header); ok {
-		var cancel context.CancelFunc
-		ctx, cancel = context.WithTimeout(ctx, d)
-		defer cancel()
+	if err := setTimeout(md, r.Header); err != nil {
+		return err
 	}
-	s, err := open(ctx, up, m.path, r.Host, md, msg, g.max)
+	ctx, end := g.context(w, r, false)
+	s, err := open(ctx, up, outgoing{path: m.path, host: r.Host, md: md, msg: msg}, g.maxAnswer)
+	defer end(s)
+	if err == nil {
+		err = s.begin()
+	}
 	if err != nil {
 		return deadline(ctx, err)
 	}
-	defer s.close()
 	h := w.Header()
 	s.copyMetadata(h)
 	if m.desc.IsStreamingServer() {
@@ -140,7 +210,7 @@ func (g *Gateway) call(w http.ResponseWriter, r *http.Request, m *method, up htt
 	reply, err := s.only()
 	if err != nil {
 		clear(h)
-		return deadline(ctx, err)
+		return deadline(ctx, withTypes(err, m))
 	}
 	s.copyTrailers(h)
 	body, err := m.out.toJSON(nil, reply)
@@ -156,6 +226,16 @@ func (g *Gateway) call(w http.ResponseWriter, r *http.Request, m *method, up htt
 	}
 	return nil
 }
+
+// withTypes lets err tell its details by the schema of m.
+func withTypes(err error, m *method) error {
+	if p, ok := errors.AsType[*problem](err); ok {
+		p.types = m.types
+	}
+	return err
+}
+
+func newBody(b []byte) io.ReadCloser { return io.NopCloser(bytes.NewReader(b)) }
 
 // stream answers a server stream: newline-delimited JSON objects, each
 // {"result":…} or at the end {"error":…}, or server-sent events for who
@@ -237,10 +317,14 @@ func deadline(ctx context.Context, err error) error {
 	if ok && time.Until(dl) < clockSlack || errors.Is(err, context.DeadlineExceeded) {
 		return &problem{http: http.StatusGatewayTimeout, grpc: codes.DeadlineExceeded, detail: "the deadline of the call has passed"}
 	}
+	if errors.Is(err, context.Canceled) {
+		return &problem{http: statusClientClosed, grpc: codes.Canceled, detail: "the caller cancelled the call"}
+	}
 	return err
 }
 
-// timeout reads grpc-timeout, or connect-timeout-ms.
+// timeout is the time a client gives its call, by grpc-timeout or
+// connect-timeout-ms.
 func timeout(h http.Header) (time.Duration, bool) {
 	const most = 365 * 24 * time.Hour
 	digits, unit := h.Get("Connect-Timeout-Ms"), time.Millisecond
@@ -256,6 +340,24 @@ func timeout(h http.Header) (time.Duration, bool) {
 		return most, true
 	}
 	return time.Duration(n) * unit, true
+}
+
+// setTimeout tells the app the time that Connect's header gives.
+func setTimeout(md, h http.Header) error {
+	v := h.Get("Connect-Timeout-Ms")
+	if v == "" {
+		return nil
+	}
+	n, err := strconv.ParseUint(v, 10, 64)
+	if err != nil || len(v) > 10 {
+		return invalid("connect-timeout-ms %.20q is no number of at most ten digits", v)
+	}
+	unit := "m"
+	if n > 99_999_999 { // all the digits gRPC has
+		n, unit = n/1000, "S"
+	}
+	md["Grpc-Timeout"] = []string{strconv.FormatUint(n, 10) + unit}
+	return nil
 }
 
 // metadata is what of the client's headers the app gets: all but those about

@@ -277,11 +277,11 @@ func front(t testing.TB, cfg Config) string {
 	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if rest, ok := strings.CutPrefix(r.URL.Path, "/api/"); ok {
 			app, path, _ := strings.Cut(rest, "/")
-			g.ServePath(w, r, app, path, file, up)
+			g.ServePath(w, r, &m3o.API{App: app, Schema: file}, path, up)
 			return
 		}
 		r.URL.Path = strings.TrimPrefix(r.URL.Path, "/app")
-		g.ServeApp(w, r, "helloworld", file, up)
+		g.ServeApp(w, r, &m3o.API{App: "helloworld", Schema: file}, up)
 	}))
 	t.Cleanup(srv.Close)
 	return srv.URL
@@ -399,7 +399,6 @@ func TestErrors(t *testing.T) {
 		"too nested":          {request{path: "/api/helloworld?item" + strings.Repeat(".inner", 40) + "=1", method: "GET"}, 400, "nested"},
 		"JSON bomb":           {request{path: "/api/helloworld", body: strings.Repeat(`{"item":`, 1) + strings.Repeat(`{"inner":`, 10_000) + "{}" + strings.Repeat("}", 10_001), header: asJSON()}, 400, "depth"},
 		"multipart":           {request{path: "/api/helloworld", body: "x", header: http.Header{"Content-Type": {"multipart/form-data; boundary=x"}}}, 415, "multipart/form-data"},
-		"grpc-web":            {request{path: "/app/shop.v1.Helloworld/Call", body: "x", header: http.Header{"Content-Type": {"application/grpc-web+proto"}}}, 415, "gRPC"},
 		"xml":                 {request{path: "/api/helloworld", body: "<a/>", header: http.Header{"Content-Type": {"text/xml"}}}, 415, "text/xml"},
 		"brotli":              {request{path: "/api/helloworld", body: "x", header: asJSON("Content-Encoding", "br")}, 415, "br"},
 		"not gzip":            {request{path: "/api/helloworld", body: "x", header: asJSON("Content-Encoding", "gzip")}, 400, "gzip"},
@@ -486,7 +485,7 @@ func TestAppThatBreaksTheProtocol(t *testing.T) {
 			w := httptest.NewRecorder()
 			r := httptest.NewRequestWithContext(t.Context(), "POST", "/shop.v1.Helloworld/Call", strings.NewReader("{}"))
 			r.Header.Set("Content-Type", "application/json")
-			g.ServeApp(w, r, "helloworld", file, h2c(t, srv.Listener.Addr().String()))
+			g.ServeApp(w, r, &m3o.API{App: "helloworld", Schema: file}, h2c(t, srv.Listener.Addr().String()))
 			if w.Code != tc.code || !strings.Contains(w.Body.String(), tc.detail) {
 				t.Errorf("%d %s, want %d with %q", w.Code, w.Body, tc.code, tc.detail)
 			}
@@ -510,7 +509,7 @@ func TestWithoutASchema(t *testing.T) {
 	}
 	for file, code := range map[string]int{"": 501, corrupt: 503, "/nowhere": 503} {
 		w := httptest.NewRecorder()
-		g.ServePath(w, httptest.NewRequest("GET", "/", nil), "foo", "bar", file, nil)
+		g.ServePath(w, httptest.NewRequest("GET", "/", nil), &m3o.API{App: "foo", Schema: file}, "bar", nil)
 		if w.Code != code {
 			t.Errorf("schema %q: %d %s, want %d", file, w.Code, w.Body, code)
 		}

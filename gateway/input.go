@@ -1,11 +1,9 @@
 package gateway
 
 import (
-	"compress/gzip"
 	"encoding/base64"
 	"errors"
 	"fmt"
-	"io"
 	"net/http"
 	"net/url"
 	"strconv"
@@ -72,40 +70,38 @@ func (g *Gateway) input(w http.ResponseWriter, r *http.Request, m *method) ([]by
 
 func (g *Gateway) bounded(b []byte, err error) ([]byte, error) {
 	if err == nil && len(b) > g.max {
-		return nil, g.tooLarge()
+		return nil, tooLarge(g.max)
 	}
 	return b, err
 }
 
-func (g *Gateway) tooLarge() error {
-	return &problem{http: http.StatusRequestEntityTooLarge, grpc: codes.ResourceExhausted, detail: fmt.Sprintf("the message is larger than %d bytes", g.max)}
+func tooLarge(most int) error {
+	return &problem{http: http.StatusRequestEntityTooLarge, grpc: codes.ResourceExhausted, detail: fmt.Sprintf("the message is larger than %d bytes", most)}
 }
 
 // body reads the body, counting its bytes also after decompression.
 func (g *Gateway) body(w http.ResponseWriter, r *http.Request) ([]byte, error) {
-	if r.ContentLength > int64(g.max) {
-		return nil, g.tooLarge()
+	b, err := readBody(w, r, g.max)
+	if err != nil {
+		return nil, err
 	}
-	var src io.Reader = http.MaxBytesReader(w, r.Body, int64(g.max))
-	switch enc := r.Header.Get("Content-Encoding"); enc {
-	case "", "identity":
+	switch enc := encodingOf(r.Header.Get("Content-Encoding")); enc {
+	case "":
 	case "gzip":
-		z, err := gzip.NewReader(src)
-		if err != nil {
-			return nil, invalid("the body is not gzip")
+		if b, err = unzip(b, g.max); err != nil {
+			return nil, unzipError(err, g.max)
 		}
-		src = z
 	default:
 		return nil, &problem{http: http.StatusUnsupportedMediaType, grpc: codes.InvalidArgument, detail: fmt.Sprintf("content-encoding %.40q is not understood: use gzip or none", enc)}
 	}
-	b, err := io.ReadAll(io.LimitReader(src, int64(g.max)+1))
-	if _, ok := errors.AsType[*http.MaxBytesError](err); ok || len(b) > g.max {
-		return nil, g.tooLarge()
-	}
-	if err != nil {
-		return nil, invalid("the body broke off")
-	}
 	return b, nil
+}
+
+func bodyReadError(err error, most int) error {
+	if _, ok := errors.AsType[*http.MaxBytesError](err); ok {
+		return tooLarge(most)
+	}
+	return invalid("the body broke off")
 }
 
 // fill sets the fields that a query or form names: a=1, a.b=1 and a[b]=1, maps

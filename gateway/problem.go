@@ -10,15 +10,31 @@ import (
 	"unicode/utf8"
 
 	"google.golang.org/grpc/codes"
+	"google.golang.org/protobuf/types/dynamicpb"
+	"google.golang.org/protobuf/types/known/anypb"
 )
 
 // problem is an answer that is not the app's message. Its JSON form has the
 // four fields M3O's clients know.
 type problem struct {
-	http   int
-	grpc   codes.Code
-	detail string
-	err    error // for the log only
+	http    int
+	grpc    codes.Code
+	detail  string
+	err     error            // for the log only
+	own     bool             // the app said so itself
+	text    bool             // told as plain text
+	bare    bool             // Connect tells it by the HTTP code alone
+	status  []byte           // the app's google.rpc.Status, on the wire
+	details []*anypb.Any     // of it
+	types   *dynamicpb.Types // that know the details
+}
+
+// code is the gRPC status: OK for nil.
+func (p *problem) code() codes.Code {
+	if p == nil {
+		return codes.OK
+	}
+	return p.grpc
 }
 
 func (p *problem) Error() string { return p.detail }
@@ -36,14 +52,25 @@ func (p *problem) json(app string) []byte {
 	if app == "" {
 		app = "m3o"
 	}
-	// Four plain fields cannot fail to marshal.
-	b, _ := json.Marshal(struct {
-		ID     string `json:"id"`
-		Code   int    `json:"code"`
-		Detail string `json:"detail"`
-		Status string `json:"status"`
-	}{app, p.http, p.detail, statusText(p.http)})
-	return b
+	text := p.detail
+	if text == "" {
+		text = p.grpc.String()
+	}
+	var details []json.RawMessage
+	for _, d := range p.details {
+		details = append(details, marshal(struct {
+			Type  string          `json:"@type"`
+			Value json.RawMessage `json:"value,omitempty"`
+			Bytes []byte          `json:"bytes,omitempty"`
+		}{d.TypeUrl, detailJSON(d, p.types), d.Value}))
+	}
+	return marshal(struct {
+		ID      string            `json:"id"`
+		Code    int               `json:"code"`
+		Detail  string            `json:"detail"`
+		Status  string            `json:"status"`
+		Details []json.RawMessage `json:"details,omitempty"`
+	}{app, p.http, text, statusText(p.http), details})
 }
 
 func statusText(code int) string {
@@ -58,6 +85,11 @@ func (p *problem) write(w http.ResponseWriter, r *http.Request, app string) {
 	clear(h)
 	body := append(p.json(app), '\n')
 	h.Set("Content-Type", "application/json")
+	if p.text {
+		// Clients of Connect take any JSON for their own error object.
+		body = append([]byte(p.detail), '\n')
+		h.Set("Content-Type", "text/plain; charset=utf-8")
+	}
 	h.Set("Content-Length", strconv.Itoa(len(body)))
 	h.Set("X-Content-Type-Options", "nosniff")
 	switch p.http {
@@ -144,6 +176,30 @@ func decodeMessage(s string) string {
 		return s
 	}
 	return strings.ToValidUTF8(s, "\uFFFD")
+}
+
+// encodeMessage encodes grpc-message as the gRPC over HTTP/2 spec says.
+func encodeMessage(s string) string {
+	plain := true
+	for i := range len(s) {
+		if c := s[i]; c < ' ' || c > '~' || c == '%' {
+			plain = false
+			break
+		}
+	}
+	if plain {
+		return s
+	}
+	const hex = "0123456789ABCDEF"
+	b := make([]byte, 0, len(s)+16)
+	for i := range len(s) {
+		if c := s[i]; c < ' ' || c > '~' || c == '%' {
+			b = append(b, '%', hex[c>>4], hex[c&15])
+		} else {
+			b = append(b, c)
+		}
+	}
+	return string(b)
 }
 
 // validBin checks one header line of binary metadata: base64 values, padded

@@ -1,9 +1,7 @@
 package gateway
 
 import (
-	"bytes"
 	"context"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
@@ -11,44 +9,74 @@ import (
 	"net/url"
 	"strconv"
 	"strings"
+	"sync"
+	"time"
 
+	spb "google.golang.org/genproto/googleapis/rpc/status"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/protobuf/proto"
 )
 
-// stream is one gRPC call with a single request message.
+var buffers = sync.Pool{New: func() any { b := make([]byte, 32<<10); return &b }}
+
+// outgoing is a call to an app.
+type outgoing struct {
+	path, host string
+	md         http.Header
+	body       *requestBody // or
+	msg        []byte       // one message, not framed
+	zipped     bool         // msg is compressed as md says
+	length     int64        // of body, -1 when unknown
+}
+
+// stream is one gRPC call under way.
 type stream struct {
 	res *http.Response
 	max int
 }
 
-// open calls path with msg. Errors before any answer are problems.
-func open(ctx context.Context, up http.RoundTripper, path, host string, md http.Header, msg []byte, most int) (*stream, error) {
-	body := make([]byte, 5, 5+len(msg))
-	binary.BigEndian.PutUint32(body[1:], uint32(len(msg)))
-	body = append(body, msg...)
+// open calls the app. Errors before any answer are problems.
+func open(ctx context.Context, up http.RoundTripper, o outgoing, most int) (*stream, error) {
+	md := o.md
 	md["Content-Type"] = []string{"application/grpc"}
 	md["Te"] = []string{"trailers"}
 	if _, ok := md["User-Agent"]; !ok {
 		md["User-Agent"] = []string{"m3o-gateway"}
 	}
-	req := (&http.Request{
-		Method: http.MethodPost, URL: &url.URL{Scheme: "http", Host: host, Path: path}, Host: host, Header: md,
-		Proto: "HTTP/2.0", ProtoMajor: 2, ContentLength: int64(len(body)), Body: io.NopCloser(bytes.NewReader(body)),
-		GetBody: func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(body)), nil },
-	}).WithContext(ctx)
-	res, err := up.RoundTrip(req)
+	req := &http.Request{
+		Method: http.MethodPost, URL: &url.URL{Scheme: "http", Host: o.host, Path: o.path}, Host: o.host, Header: md,
+		Proto: "HTTP/2.0", ProtoMajor: 2,
+	}
+	if o.body != nil {
+		req.ContentLength, req.Body = o.length, o.body
+		// Another instance may be tried as long as nothing was read.
+		req.GetBody = func() (io.ReadCloser, error) {
+			if o.body.read {
+				return nil, errors.New("the body has been read")
+			}
+			return o.body, nil
+		}
+		if req.ContentLength == 0 {
+			req.Body = http.NoBody
+		}
+	} else {
+		var flags byte
+		if o.zipped {
+			flags = flagCompressed
+		}
+		body := appendFrame(make([]byte, 0, prefixLen+len(o.msg)), flags, o.msg)
+		req.ContentLength = int64(len(body))
+		req.GetBody = func() (io.ReadCloser, error) { return newBody(body), nil }
+		req.Body = newBody(body)
+	}
+	res, err := up.RoundTrip(req.WithContext(ctx))
 	if err != nil {
 		if ctx.Err() != nil {
 			return nil, ctx.Err()
 		}
 		return nil, unreachable(err)
 	}
-	s := &stream{res: res, max: most}
-	if err := s.begin(); err != nil {
-		s.close()
-		return nil, err
-	}
-	return s, nil
+	return &stream{res: res, max: most}, nil
 }
 
 // begin refuses what is no gRPC answer.
@@ -70,33 +98,58 @@ func (s *stream) begin() error {
 
 func (s *stream) close() { _ = s.res.Body.Close() } // the answer is read or given up
 
-// next is the next message; io.EOF after the last, when end has the status.
+// trailersOnly says that the head of the answer is its end too.
+func (s *stream) trailersOnly() bool { return s.res.Header.Get("Grpc-Status") != "" }
+
+// trailer is the trailing metadata, complete once the messages are read.
+func (s *stream) trailer() http.Header {
+	if s.trailersOnly() {
+		return s.res.Header
+	}
+	return s.res.Trailer
+}
+
+// frame is the next message as it came; io.EOF after the last, when end has
+// the status.
+func (s *stream) frame() (flags byte, msg []byte, err error) {
+	flags, msg, err = readFrame(s.res.Body, s.max)
+	switch {
+	case errors.Is(err, io.EOF):
+		return 0, nil, io.EOF
+	case errors.Is(err, errTooLarge):
+		return 0, nil, &problem{http: http.StatusBadGateway, grpc: codes.ResourceExhausted, detail: fmt.Sprintf("the app's answer is larger than %d bytes", s.max)}
+	case err != nil:
+		return 0, nil, brokeOff(err)
+	}
+	return flags, msg, s.checkFrame(flags, uint32(len(msg)))
+}
+
+func (s *stream) checkFrame(flags byte, n uint32) error {
+	switch {
+	case flags&^flagCompressed != 0:
+		return &problem{http: http.StatusBadGateway, grpc: codes.Internal, detail: fmt.Sprintf("the app sent a message with the unknown flags %d", flags)}
+	case flags != 0 && encodingOf(s.res.Header.Get("Grpc-Encoding")) == "":
+		return &problem{http: http.StatusBadGateway, grpc: codes.Internal, detail: "the app sent a compressed message though none was asked for"}
+	case uint64(n) > uint64(s.max):
+		return &problem{http: http.StatusBadGateway, grpc: codes.ResourceExhausted, detail: fmt.Sprintf("the app's answer is larger than %d bytes", s.max)}
+	}
+	return nil
+}
+
+// next is the next message, not compressed.
 func (s *stream) next() ([]byte, error) {
-	var head [5]byte
-	if _, err := io.ReadFull(s.res.Body, head[:]); err != nil {
-		if errors.Is(err, io.EOF) {
-			return nil, io.EOF
-		}
-		return nil, brokeOff(err)
+	flags, msg, err := s.frame()
+	if err != nil || flags == 0 {
+		return msg, err
 	}
-	if head[0] != 0 {
+	if enc := s.res.Header.Get("Grpc-Encoding"); enc != "gzip" {
 		// No encoding was offered, so none may be used.
-		return nil, &problem{http: http.StatusBadGateway, grpc: codes.Internal, detail: "the app sent a compressed message though none was asked for"}
+		return nil, &problem{http: http.StatusBadGateway, grpc: codes.Internal, detail: fmt.Sprintf("the app sent a message compressed by %.40q, which was not asked for", enc)}
 	}
-	n := binary.BigEndian.Uint32(head[1:])
-	if uint64(n) > uint64(s.max) {
-		return nil, &problem{http: http.StatusBadGateway, grpc: codes.ResourceExhausted, detail: fmt.Sprintf("the app's answer of %d bytes is larger than %d", n, s.max)}
+	if msg, err = unzip(msg, s.max); err != nil {
+		return nil, &problem{http: http.StatusBadGateway, grpc: codes.Internal, detail: "the app sent a compressed message that makes no sense", err: err}
 	}
-	// What the prefix says is only believed as the bytes come.
-	var buf bytes.Buffer
-	buf.Grow(int(min(n, 64<<10)))
-	if m, err := io.CopyN(&buf, s.res.Body, int64(n)); err != nil {
-		if errors.Is(err, io.EOF) {
-			err = fmt.Errorf("a message ended after %d of %d bytes", m, n)
-		}
-		return nil, brokeOff(err)
-	}
-	return buf.Bytes(), nil
+	return msg, nil
 }
 
 func brokeOff(err error) error {
@@ -108,12 +161,8 @@ func brokeOff(err error) error {
 
 // end is the status of a call whose messages have been read: nil for OK.
 func (s *stream) end() error {
-	t := s.res.Trailer
+	t := s.trailer()
 	v := t.Get("Grpc-Status")
-	if v == "" { // an answer without messages carries it in the head
-		t = s.res.Header
-		v = t.Get("Grpc-Status")
-	}
 	if v == "" {
 		return &problem{http: http.StatusBadGateway, grpc: codes.Unknown, detail: "the app ended without a status"}
 	}
@@ -125,46 +174,104 @@ func (s *stream) end() error {
 		return nil
 	}
 	code := codes.Code(n)
-	p := &problem{http: httpStatus(code), grpc: code, detail: decodeMessage(t.Get("Grpc-Message"))}
-	if p.detail == "" {
-		p.detail = code.String()
+	p := &problem{http: httpStatus(code), grpc: code, detail: decodeMessage(t.Get("Grpc-Message")), own: true}
+	if b, err := base64Any(t.Get("Grpc-Status-Details-Bin")); err == nil && len(b) > 0 {
+		var st spb.Status
+		if proto.Unmarshal(b, &st) == nil {
+			p.status, p.details = b, st.Details
+		}
 	}
 	return p
 }
 
-// only is the message of a unary call.
-func (s *stream) only() ([]byte, error) {
-	msg, err := s.next()
+// one is the message of a unary call as it came, and how the call ended.
+func (s *stream) one() (flags byte, msg []byte, err error) {
+	flags, msg, err = s.frame()
 	if errors.Is(err, io.EOF) {
 		if err := s.end(); err != nil {
-			return nil, err
+			return 0, nil, err
 		}
-		return nil, &problem{http: http.StatusBadGateway, grpc: codes.Internal, detail: "the app ended without an answer"}
+		return 0, nil, &problem{http: http.StatusBadGateway, grpc: codes.Unimplemented, detail: "the app ended without an answer"}
 	} else if err != nil {
-		return nil, err
+		return 0, nil, err
 	}
-	if _, err := s.next(); err == nil {
-		return nil, &problem{http: http.StatusBadGateway, grpc: codes.Internal, detail: "the app sent two answers to one call"}
+	if _, _, err := s.frame(); err == nil {
+		return 0, nil, &problem{http: http.StatusBadGateway, grpc: codes.Unimplemented, detail: "the app sent two answers to one call"}
 	} else if !errors.Is(err, io.EOF) {
-		return nil, err
+		return 0, nil, err
 	}
-	return msg, s.end()
+	return flags, msg, s.end()
+}
+
+// only is the message of a unary call that offered no compression.
+func (s *stream) only() ([]byte, error) {
+	flags, msg, err := s.one()
+	if err == nil && flags != 0 {
+		return nil, &problem{http: http.StatusBadGateway, grpc: codes.Internal, detail: "the app sent a compressed message though none was asked for"}
+	}
+	return msg, err
 }
 
 // copyMetadata passes the app's leading metadata on as headers.
 func (s *stream) copyMetadata(h http.Header) { copyMetadata(h, s.res.Header, "") }
 
 // copyTrailers passes trailing metadata on, as Connect does: Trailer-Foo.
-func (s *stream) copyTrailers(h http.Header) { copyMetadata(h, s.res.Trailer, "Trailer-") }
+func (s *stream) copyTrailers(h http.Header) {
+	if !s.trailersOnly() {
+		copyMetadata(h, s.res.Trailer, "Trailer-")
+	}
+}
+
+// hopByHop says that a header is about the connection or the body.
+func hopByHop(k string) bool {
+	switch k {
+	case "Content-Type", "Content-Length", "Content-Encoding", "Date", "Trailer", "Connection", "Keep-Alive", "Proxy-Connection", "Transfer-Encoding", "Upgrade":
+		return true
+	}
+	return false
+}
 
 func copyMetadata(to, from http.Header, prefix string) {
 	for k, vs := range from {
-		switch k {
-		case "Content-Type", "Content-Length", "Content-Encoding", "Date", "Trailer", "Connection", "Keep-Alive", "Proxy-Connection", "Transfer-Encoding", "Upgrade":
-			continue
-		}
-		if !strings.HasPrefix(k, "Grpc-") {
+		if !hopByHop(k) && !strings.HasPrefix(k, "Grpc-") {
 			to[prefix+k] = vs
 		}
+	}
+}
+
+// longAgo is a deadline that has passed.
+var longAgo = time.Unix(1, 0)
+
+// context is the context of a call to the app: it ends with the client and at
+// the deadline the client set. end, deferred, closes the answer in the order
+// that does not wait for a client that has not closed its side: see relayH2 in
+// package router.
+func (g *Gateway) context(w http.ResponseWriter, r *http.Request, streams bool) (ctx context.Context, end func(*stream)) {
+	parent, stop := r.Context(), func() {}
+	if d, ok := timeout(r.Header); ok {
+		parent, stop = context.WithTimeout(parent, d)
+	}
+	ctx, cancel := context.WithCancel(parent)
+	unhook := func() {}
+	if streams && r.ContentLength != 0 {
+		rc := http.NewResponseController(w)
+		ended := make(chan struct{})
+		halt := context.AfterFunc(ctx, func() {
+			defer close(ended)
+			_ = rc.SetReadDeadline(longAgo)
+		})
+		unhook = func() {
+			if !halt() {
+				<-ended // w is gone when the handler is
+			}
+		}
+	}
+	return ctx, func(s *stream) {
+		unhook()
+		cancel()
+		if s != nil {
+			s.close()
+		}
+		stop()
 	}
 }

@@ -111,10 +111,10 @@ func (q *request) serve(rest string) {
 			hint: "call it at its own host, " + h.Name}.write(q.w, r)
 	case q.byApp && gw != nil:
 		q.claim(r.Header)
-		gw.ServePath(q.w, r, h.App, rest, h.Descriptors, gatewayWay{q})
-	case h.grpc && !grpc && gw != nil && gw.Match(r):
+		gw.ServePath(q.w, r, h.api, rest, gatewayWay{q})
+	case h.grpc && gw != nil && gw.Match(r, h.api):
 		q.claim(r.Header)
-		gw.ServeApp(q.w, r, h.App, h.Descriptors, gatewayWay{q})
+		gw.ServeApp(q.w, r, h.api, gatewayWay{q})
 	case h.grpc && !grpc:
 		problem{code: http.StatusNotImplemented, app: h.App, msg: "app " + h.App + " speaks gRPC only",
 			hint: "call it with a gRPC client, or POST JSON to /package.Service/Method"}.write(q.w, r)

@@ -5,6 +5,8 @@ import (
 	"iter"
 	"maps"
 	"strings"
+
+	"github.com/m3o/m3o"
 )
 
 // live is a Table made ready to serve: immutable but for the counters in what
@@ -135,7 +137,8 @@ type endpointID struct {
 // newHost makes a row ready to serve, with the endpoints and the app that are
 // known already. rt.mu is held.
 func (rt *Router) newHost(row Host) *host {
-	h := &host{Host: row, grpc: row.Protocol == GRPC, h2: row.Protocol == GRPC || row.Protocol == H2C, sum: sumOf(&row)}
+	h := &host{Host: row, grpc: row.Protocol == GRPC, h2: row.Protocol == GRPC || row.Protocol == H2C, sum: sumOf(&row),
+		api: &m3o.API{App: row.App, Release: row.Release, Schema: row.Descriptors}}
 	if h.app = rt.apps[row.App]; h.app == nil {
 		h.app = &app{rows: map[int]int{}}
 		rt.apps[row.App] = h.app

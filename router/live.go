@@ -20,6 +20,7 @@ type host struct {
 	pool []*endpoint
 	// grpc and h2 say how to speak to the endpoints.
 	grpc, h2 bool
+	api      *m3o.API // for the gateway
 	sum      digest
 }
 

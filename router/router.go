@@ -35,16 +35,15 @@ import (
 // their URL needs only a path, their host is free to choose, and a request
 // with GetBody is tried on another instance when the first cannot be reached;
 // its errors are *m3o.Error of kind Unavailable. up is valid until the method
-// returns. schema is the path of the app's FileDescriptorSet, "" when it has none.
+// returns.
 type Gateway interface {
 	// Match says whether r, sent to the app's own host, is for ServeApp; it is
-	// asked only for GRPC hosts and never for gRPC itself. Otherwise r is
-	// relayed as it is.
-	Match(r *http.Request) bool
+	// asked only for GRPC hosts. Otherwise r is relayed as it is.
+	Match(r *http.Request, api *m3o.API) bool
 	// ServeApp answers r on the app's own host: its path names the method.
-	ServeApp(w http.ResponseWriter, r *http.Request, app, schema string, up http.RoundTripper)
+	ServeApp(w http.ResponseWriter, r *http.Request, api *m3o.API, up http.RoundTripper)
 	// ServePath answers https://api.<domain>/<app>/<path>; path has no leading slash.
-	ServePath(w http.ResponseWriter, r *http.Request, app, path, schema string, up http.RoundTripper)
+	ServePath(w http.ResponseWriter, r *http.Request, api *m3o.API, path string, up http.RoundTripper)
 }
 
 // Plain says what the HTTP listener does with requests for apps.
