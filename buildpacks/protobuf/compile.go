@@ -28,7 +28,8 @@ import (
 // With a go.mod in Sources.Dir, Result.Stale says which generated Go files are
 // missing or out of date.
 //
-// Sources without files give a Result with an empty Set.
+// Sources without files give a Result with an empty Set. An error that is about
+// nothing but files that are imported and not there matches ErrMissingImport.
 func Compile(ctx context.Context, s Sources) (*Result, error) {
 	res := &Result{Sources: s, Set: &descriptorpb.FileDescriptorSet{}, Notes: slices.Clone(s.Notes)}
 	if len(s.Files) == 0 {
@@ -67,6 +68,7 @@ type compiler struct {
 	total  int
 
 	faults   []fault
+	missing  int // of them are imports that are not there
 	more     int // faults that were not kept
 	warnings []fault
 }
@@ -130,6 +132,7 @@ func (c *compiler) load(ctx context.Context) error {
 			if ok || linked(imp.name) {
 				queue = append(queue, imp.name)
 			} else {
+				c.missing++
 				c.fault(fault{p, imp.line, imp.col, missingMsg(c.Sources, imp.name)})
 			}
 		}
@@ -296,7 +299,11 @@ func (c *compiler) err() error {
 	if n := len(all) - maxErrors + c.more; n > 0 {
 		lines = append(lines, fmt.Sprintf("and %d more", n))
 	}
-	return &m3o.Error{Kind: m3o.Invalid, Msg: strings.Join(lines, "\n")}
+	e := &m3o.Error{Kind: m3o.Invalid, Msg: strings.Join(lines, "\n")}
+	if c.missing == len(c.faults) && c.more == 0 {
+		e.Err = ErrMissingImport
+	}
+	return e
 }
 
 func sortFaults(fs []fault) {

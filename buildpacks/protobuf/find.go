@@ -29,18 +29,20 @@ import (
 //
 // No .proto at all is no error: Files is empty. A dependency named in buf.yaml
 // or buf.lock that something imports and the tree does not have is an error of
-// kind Invalid with the command that vendors it, for a build fetches nothing.
-// Google's common files need no vendoring.
+// kind Invalid with the command that vendors it, for a build fetches nothing;
+// it matches ErrMissingImport, and the Sources come with it. Google's common
+// files need no vendoring.
 func Find(tree fs.FS, dir string) (Sources, error) {
 	dir = path.Clean(dir)
 	f := finder{Sources: Sources{Tree: tree, Dir: dir}}
 	if !fs.ValidPath(dir) {
 		return f.Sources, invalid("", "the build folder %q leads out of the repository", short(dir))
 	}
-	if err := f.find(); err != nil {
+	err := f.find()
+	if err != nil && !errors.Is(err, ErrMissingImport) {
 		return Sources{}, err
 	}
-	return f.Sources, nil
+	return f.Sources, err
 }
 
 type finder struct {
@@ -409,7 +411,9 @@ func (f *finder) notVendored(missing []missingImport) error {
 	if len(from) > 1 {
 		words = "one of the dependencies " + strings.Join(from, ", ")
 	}
-	return invalid("buf export "+from[0]+" -o "+path.Join(f.Dir, "third_party/proto")+", and commit the folder",
+	e := invalid("buf export "+from[0]+" -o "+path.Join(f.Dir, "third_party/proto")+", and commit the folder",
 		"%s:%d:%d: %q is not in the repository: it belongs to %s, and a build fetches no protobuf modules",
 		m.path, m.imp.line, m.imp.col, m.imp.name, words)
+	e.Err = ErrMissingImport
+	return e
 }

@@ -10,6 +10,7 @@ package protobuf
 
 import (
 	"cmp"
+	"errors"
 	"io/fs"
 	"path"
 	"slices"
@@ -171,7 +172,11 @@ func join(scope, name string) string {
 	return scope + "." + name
 }
 
-func invalid(hint, format string, args ...any) error {
+// ErrMissingImport is for .proto files that import what the tree does not have.
+// A tree whose generated code is complete builds all the same.
+var ErrMissingImport = errors.New("an imported file is not in the repository")
+
+func invalid(hint, format string, args ...any) *m3o.Error {
 	e := m3o.Errorf(m3o.Invalid, format, args...)
 	e.Hint = hint
 	return e
