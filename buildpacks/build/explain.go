@@ -66,6 +66,8 @@ var (
 	noFiles      = regexp.MustCompile(`build constraints exclude all Go files in (\S+)`)
 	sumMissing   = regexp.MustCompile(`missing go\.sum entry|updates to go\.(?:mod|sum) needed|inconsistent vendoring`)
 	notRequired  = regexp.MustCompile(`no required module provides package|cannot find module providing package|is not in std`)
+	pluginFailed = regexp.MustCompile(`^protoc-gen-[a-z0-9-]+ v\S+ failed: `)
+	newerGo      = regexp.MustCompile(`requires go >= \S+ \(running go`)
 	wrongSum     = regexp.MustCompile(`checksum mismatch|SECURITY ERROR`)
 )
 
@@ -94,6 +96,10 @@ func explainExit(code uint32, said []string, err error) error {
 	}
 	e := &m3o.Error{Kind: m3o.Invalid, Msg: line, Hint: "fix it, commit and push again", Err: err}
 	switch {
+	case pluginFailed.MatchString(line):
+		e.Hint = "its output is above; commit the generated code to build without the plugin"
+	case newerGo.MatchString(line):
+		e.Hint = "raise the go line in go.mod, or require an older version"
 	case wrongSum.MatchString(all):
 		e.Hint = "a module is not what go.sum says: run go mod verify, then go mod tidy, and commit"
 	case fetching.MatchString(line):
@@ -114,6 +120,8 @@ func rank(s string) int {
 	switch {
 	case s == "":
 		return 0
+	case pluginFailed.MatchString(s):
+		return 4
 	case compileError.MatchString(s):
 		return 3
 	case goSays.MatchString(s):

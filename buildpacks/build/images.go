@@ -236,7 +236,13 @@ func (b *Builder) prune(ctx context.Context, keep []string, youngAfter time.Time
 	var left []v1.Descriptor
 	for _, m := range ms {
 		at, err := time.Parse(time.RFC3339, m.Annotations[builtAt])
-		if wanted[m.Digest] || err == nil && at.After(youngAfter) {
+		if m.Annotations[attachedTo] == "" && (wanted[m.Digest] || err == nil && at.After(youngAfter)) {
+			left = append(left, m)
+			wanted[m.Digest] = true
+		}
+	}
+	for _, m := range ms {
+		if to := m.Annotations[attachedTo]; to != "" && wanted[digest.Digest(to)] {
 			left = append(left, m)
 			wanted[m.Digest] = true
 		}
@@ -277,22 +283,29 @@ func (b *Builder) prune(ctx context.Context, keep []string, youngAfter time.Time
 
 // reach marks the blobs of an image.
 func (b *Builder) reach(ctx context.Context, d digest.Digest, marks map[digest.Digest]bool) error {
-	j, err := content.ReadBlob(ctx, b.images, v1.Descriptor{Digest: d})
-	if err != nil {
+	var m v1.Manifest
+	if err := b.readJSON(ctx, d, &m); err != nil {
 		if ok, eerr := content.Exists(ctx, b.images, v1.Descriptor{Digest: d}); eerr == nil && !ok {
 			return nil
 		}
-		return fmt.Errorf("read image %s: %w", d, err)
-	}
-	var m v1.Manifest
-	if err := json.Unmarshal(j, &m); err != nil {
 		// Better to keep too much than to remove what this cannot follow.
-		return fmt.Errorf("read image %s: %w", d, err)
+		return err
 	}
 	marks[d] = true
 	marks[m.Config.Digest] = true
 	for _, l := range m.Layers {
 		marks[l.Digest] = true
+	}
+	return nil
+}
+
+func (b *Builder) readJSON(ctx context.Context, d digest.Digest, v any) error {
+	j, err := content.ReadBlob(ctx, b.images, v1.Descriptor{Digest: d})
+	if err == nil {
+		err = json.Unmarshal(j, v)
+	}
+	if err != nil {
+		return fmt.Errorf("read image %s: %w", d, err)
 	}
 	return nil
 }

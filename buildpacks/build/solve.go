@@ -39,8 +39,10 @@ type Request struct {
 	// Secrets are environment variables of the build. "netrc" is a file that
 	// NETRC names, for private modules. They reach no layer, log or cache key.
 	Secrets map[string]m3o.Secret
-	Labels  map[string]string // annotations of the image
-	Commit  string            // org.opencontainers.image.revision, "" for none
+	// Generate is Go code to make first; the zero Generation for none.
+	Generate Generation
+	Labels   map[string]string // annotations of the image
+	Commit   string            // org.opencontainers.image.revision, "" for none
 }
 
 // A Result is an image that is in the content store.
@@ -110,7 +112,7 @@ func checkRequest(req Request) error {
 			return fmt.Errorf("build: target %+v is not one", t)
 		}
 	}
-	return nil
+	return req.Generate.check()
 }
 
 func (b *Builder) build(ctx context.Context, req Request, out *output) (Result, error) {
@@ -149,6 +151,10 @@ func (b *Builder) build(ctx context.Context, req Request, out *output) (Result, 
 		return res, disk(err)
 	}
 	defer b.unpin(base)
+	job, err := req.Generate.job()
+	if err != nil {
+		return res, err
+	}
 	app := &appLayer{builder: b, req: req}
 	var pkgs []string
 	for _, t := range req.Plan.Targets {
@@ -164,7 +170,7 @@ func (b *Builder) build(ctx context.Context, req Request, out *output) (Result, 
 	watched := make(chan struct{})
 	go func() { defer close(watched); watch.run(status) }()
 	_, err = b.client.Solve(ctx, def, client.SolveOpt{
-		LocalMounts: map[string]fsutil.FS{sourceName: readFS{req.Tree.FS(), stop}},
+		LocalMounts: map[string]fsutil.FS{sourceName: readFS{req.Tree.FS(), stop}, jobName: job},
 		OCIStores:   map[string]content.Store{toolchainStore: b.toolchains.store},
 		Session:     []session.Attachable{secretsprovider.FromMap(b.secrets(req))},
 		Exports:     []client.ExportEntry{{Type: client.ExporterTar, Output: app.open(ctx)}},
@@ -244,22 +250,36 @@ func (b *Builder) graph(req Request, root v1.Descriptor) llb.State {
 	if b.goPrivate() != "" || len(req.Secrets) > 0 {
 		caches = "-" + req.App
 	}
-	args := []string{"/" + goRoot + "/bin/go", "build", "-trimpath", "-buildvcs=false", "-ldflags=-s -w", "-o", "/out/"}
+	state := llb.OCILayout("m3o.local/toolchain@"+root.Digest.String(), llb.OCIStore("", toolchainStore), llb.WithCustomName(stepRoot))
+	opts, flags := b.generate(req, state)
+	args := append([]string{"build", "-trimpath", "-buildvcs=false", "-ldflags=-s -w", "-o", "/out/"}, flags...)
 	for _, t := range req.Plan.Targets {
 		args = append(args, t.Package)
 	}
+	opts = append(opts, b.goTool(args, caches, b.secrets(req))...)
+	opts = append(opts,
+		llb.Dir(path.Join("/src", req.Plan.Dir)),
+		llb.AddMount("/src", llb.Local(sourceName, llb.SharedKeyHint("app-"+req.App), llb.WithCustomName(stepSource)), llb.Readonly),
+		llb.WithCustomName(stepBuild),
+	)
+	if req.NoCache {
+		// Not llb.IgnoreCache: that empties the cache mounts too, of all apps.
+		opts = append(opts, llb.AddEnv("M3O_REBUILD", rand.Text()))
+	}
+	return state.Run(opts...).AddMount("/out", llb.Scratch())
+}
+
+// goTool is one call of the go command with the caches of that name.
+func (b *Builder) goTool(args []string, caches string, secrets map[string][]byte) []llb.RunOption {
 	cache := func(dir, name string) llb.RunOption {
 		return llb.AddMount(dir, llb.Scratch(), llb.AsPersistentCacheDir(name+caches, llb.CacheMountShared))
 	}
 	opts := []llb.RunOption{
-		llb.Args(args),
-		llb.Dir(path.Join("/src", req.Plan.Dir)),
+		llb.Args(append([]string{"/" + goRoot + "/bin/go"}, args...)),
 		llb.ReadonlyRootFS(),
-		llb.AddMount("/src", llb.Local(sourceName, llb.SharedKeyHint("app-"+req.App), llb.WithCustomName(stepSource)), llb.Readonly),
 		llb.AddMount("/tmp", llb.Scratch(), llb.Tmpfs()),
 		cache("/var/cache/go-build", "go-build"),
 		cache("/var/cache/go-mod", "go-mod"),
-		llb.WithCustomName(stepBuild),
 	}
 	env := map[string]string{
 		"PATH": "/" + goRoot + "/bin", "HOME": "/tmp",
@@ -270,19 +290,14 @@ func (b *Builder) graph(req Request, root v1.Descriptor) llb.State {
 	for _, k := range slices.Sorted(maps.Keys(env)) {
 		opts = append(opts, llb.AddEnv(k, env[k]))
 	}
-	for _, id := range slices.Sorted(maps.Keys(b.secrets(req))) {
+	for _, id := range slices.Sorted(maps.Keys(secrets)) {
 		if id == netrc {
 			opts = append(opts, llb.AddEnv("NETRC", "/run/secrets/netrc"), llb.AddSecret("/run/secrets/netrc", llb.SecretID(netrc)))
 			continue
 		}
 		opts = append(opts, llb.AddSecret(id, llb.SecretID(id), llb.SecretAsEnv(true)))
 	}
-	if req.NoCache {
-		// Not llb.IgnoreCache: that empties the cache mounts too, of all apps.
-		opts = append(opts, llb.AddEnv("M3O_REBUILD", rand.Text()))
-	}
-	run := llb.OCILayout("m3o.local/toolchain@"+root.Digest.String(), llb.OCIStore("", toolchainStore), llb.WithCustomName(stepRoot)).Run(opts...)
-	return run.AddMount("/out", llb.Scratch())
+	return opts
 }
 
 const netrc = "netrc"
@@ -292,14 +307,19 @@ func (b *Builder) goPrivate() string { return goEnv(b.cfg.GoPrivate, "GOPRIVATE"
 // secrets are those of the request and the Go settings that may hold a
 // password. Both stay out of BuildKit's records that way.
 func (b *Builder) secrets(req Request) map[string][]byte {
+	out := b.proxySecrets()
+	for k, s := range req.Secrets {
+		out[k] = []byte(s.Reveal())
+	}
+	return out
+}
+
+func (b *Builder) proxySecrets() map[string][]byte {
 	out := map[string][]byte{}
 	for name, set := range map[string]string{"GOPROXY": b.cfg.GoProxy, "GOSUMDB": b.cfg.GoSumDB} {
 		if v := goEnv(set, name); v != "" {
 			out[name] = []byte(v)
 		}
-	}
-	for k, s := range req.Secrets {
-		out[k] = []byte(s.Reveal())
 	}
 	return out
 }

@@ -1,6 +1,7 @@
 package build
 
 import (
+	"strings"
 	"time"
 
 	"github.com/moby/buildkit/client"
@@ -20,10 +21,11 @@ type watch struct {
 	order []digest.Digest
 	seen  map[digest.Digest]*client.Vertex
 	tools map[digest.Digest]bool
+	told  map[digest.Digest]bool // that a plugin is being built
 }
 
 func newWatch(out *output) *watch {
-	return &watch{out: out, seen: map[digest.Digest]*client.Vertex{}, tools: map[digest.Digest]bool{}}
+	return &watch{out: out, seen: map[digest.Digest]*client.Vertex{}, tools: map[digest.Digest]bool{}, told: map[digest.Digest]bool{}}
 }
 
 func (w *watch) run(status <-chan *client.SolveStatus) {
@@ -33,7 +35,11 @@ func (w *watch) run(status <-chan *client.SolveStatus) {
 				w.order = append(w.order, v.Digest)
 			}
 			w.seen[v.Digest] = v
-			w.tools[v.Digest] = v.Name == stepBuild
+			w.tools[v.Digest] = v.Name == stepBuild || v.Name == stepGenerate || strings.HasPrefix(v.Name, stepPlugin)
+			if p, ok := strings.CutPrefix(v.Name, stepPlugin); ok && v.Started != nil && !v.Cached && !w.told[v.Digest] {
+				w.told[v.Digest] = true
+				w.out.more("Building %s, once for all apps", strings.Replace(p, "@", " ", 1))
+			}
 			if v.Name == stepBuild && v.Cached {
 				w.out.more("Nothing changed since an earlier build")
 			}
