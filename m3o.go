@@ -146,6 +146,9 @@ type Release struct {
 	User        string
 	Build       int // number of the build that made Image
 	Created     time.Time
+
+	BreakingPolicy string   // what its API was held to against the release before: WIRE_JSON, WIRE or off; "" when it has no .proto files
+	Breaking       []string // what of the API before it broke all the same, as allowed; a line each
 }
 
 // Name is the release as people write it: v12.

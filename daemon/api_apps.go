@@ -112,7 +112,7 @@ type releasesAPI struct{ d *Daemon }
 
 func wireRelease(r m3o.Release, status string) *m3ov1.Release {
 	out := &m3ov1.Release{Version: int32(r.Version), Status: status, Commit: r.Commit, Message: r.Message, Reason: r.Reason, User: r.User,
-		Created: stamp(r.Created), Image: r.Image, Config: int32(r.Config), Build: int32(r.Build), Descriptors: r.Descriptors,
+		Created: stamp(r.Created), Image: r.Image, Config: int32(r.Config), Build: int32(r.Build), Descriptors: r.Descriptors, BreakingPolicy: r.BreakingPolicy, Breaking: r.Breaking,
 		Processes: map[string]*m3ov1.Process{}}
 	for name, p := range r.Processes {
 		out.Processes[name] = &m3ov1.Process{Command: p.Command, Replicas: int32(p.Replicas), Port: int32(p.Port)}

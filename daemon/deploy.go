@@ -100,7 +100,7 @@ func (d *Daemon) push(ctx context.Context, turn *turn, src m3o.Source, w io.Writ
 	// Until the ledger names it, nothing but this lock keeps the image.
 	d.imagesMu.RLock()
 	defer d.imagesMu.RUnlock()
-	plan, res, err := d.build(ctx, src, tree, both)
+	plan, api, res, err := d.build(ctx, src, tree, both)
 	if err != nil {
 		return fail(d.endBuild(ctx, bld, err))
 	}
@@ -119,6 +119,7 @@ func (d *Daemon) push(ctx context.Context, turn *turn, src m3o.Source, w io.Writ
 	}
 	rel := m3o.Release{App: src.App, Image: res.Image, Config: rev.Number, Processes: plan.Processes, Command: plan.Release, Health: plan.Health,
 		Commit: src.Commit, Message: tree.Subject(), Reason: src.Via, User: src.User, Build: bld.Number}
+	api.describe(&rel)
 	live, err := d.release(ctx, dep, rel, turn.commit, output{both})
 	if err != nil {
 		unlock()
@@ -150,23 +151,30 @@ func checkTip(ctx context.Context, src m3o.Source) error {
 }
 
 // build plans from the tree and builds the image.
-func (d *Daemon) build(ctx context.Context, src m3o.Source, tree *source.Tree, w io.Writer) (*buildpacks.Plan, build.Result, error) {
+func (d *Daemon) build(ctx context.Context, src m3o.Source, tree *source.Tree, w io.Writer) (*buildpacks.Plan, interfaces, build.Result, error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, d.cfg.BuildTimeout, &m3o.Error{Kind: m3o.Invalid,
 		Msg: fmt.Sprintf("the build took longer than %s and was stopped", d.cfg.BuildTimeout), Hint: "m3od --build-timeout changes the limit"})
 	defer cancel()
 	plan, err := d.plan(ctx, tree)
 	if err != nil {
-		return nil, build.Result{}, err
+		return nil, interfaces{}, build.Result{}, err
+	}
+	api, err := d.compile(ctx, src, tree, plan, output{w})
+	if err != nil {
+		return nil, api, build.Result{}, err
 	}
 	res, err := d.builder.Build(ctx, build.Request{App: src.App, Plan: plan, Tree: tree, Out: w, Commit: src.Commit,
-		NoCache: slices.Contains(src.Options, "force-rebuild")})
+		Generate: api.generate, NoCache: slices.Contains(src.Options, "force-rebuild")})
+	if err == nil {
+		err = d.attach(ctx, res.Image, api)
+	}
 	if err != nil {
 		if cause := context.Cause(ctx); cause != nil {
 			err = cause
 		}
-		return nil, res, err
+		return nil, api, res, err
 	}
-	return plan, res, nil
+	return plan, api, res, nil
 }
 
 // A deployment is a release that the router already leads to, whose deploy is
@@ -473,6 +481,7 @@ func (d *Daemon) prune(ctx context.Context) {
 		return
 	}
 	var keep []string
+	var all []m3o.Release
 	for _, app := range apps {
 		kept, err := d.ledger.Kept(ctx, app.Name)
 		if err != nil {
@@ -482,6 +491,10 @@ func (d *Daemon) prune(ctx context.Context) {
 		for _, rel := range kept {
 			keep = append(keep, rel.Image)
 		}
+		all = append(all, kept...)
+	}
+	if err := d.pruneDescriptors(all); err != nil {
+		d.log.Error("prune descriptors", "err", err)
 	}
 	// The driver first: what it unpacks is read from the images.
 	if err := d.driver.Prune(ctx, keep); err != nil {

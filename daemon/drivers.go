@@ -29,6 +29,7 @@ type driver interface {
 // builder makes images; *build.Builder is the real one.
 type builder interface {
 	Build(ctx context.Context, r build.Request) (build.Result, error)
+	Attach(ctx context.Context, image string, a build.Attachment) error
 	Run(ctx context.Context) error
 	Ready(ctx context.Context) error
 	Prune(ctx context.Context, keep []string) error

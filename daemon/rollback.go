@@ -73,6 +73,7 @@ func (d *Daemon) redeploy(ctx context.Context, rel m3o.Release) (m3o.Release, er
 	// Once begun it ends by itself: a client that hangs up leaves no half-done switch.
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Minute)
 	defer cancel()
+	rel.Breaking = nil // that was a step of its push
 	dep, err := d.begin(ctx, release.Deploy{App: rel.App, Reason: rel.Reason, User: rel.User})
 	if err != nil {
 		return rel, err

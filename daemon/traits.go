@@ -2,17 +2,18 @@ package daemon
 
 import (
 	"context"
-	"crypto/sha256"
-	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
 	"os"
+	"slices"
 	"strings"
 	"time"
 
 	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/reflect/protodesc"
+	"google.golang.org/protobuf/types/descriptorpb"
 
 	"github.com/m3o/m3o"
 	"github.com/m3o/m3o/gateway"
@@ -21,8 +22,9 @@ import (
 )
 
 // examine asks a healthy instance how it is spoken to: its protocol and, for
-// a gRPC service, its schema by reflection. A schema belongs to the image, so
-// it is asked once per image and kept in a file.
+// a gRPC service, its schema: the descriptors of the release, and what
+// reflection knows beyond them. A schema belongs to the image, so it is asked
+// once per image and kept in a file.
 func (d *Daemon) examine(ctx context.Context, rel m3o.Release, in m3o.Instance) (traits, error) {
 	if t, ok := d.knownTraits(rel); ok {
 		return t, nil
@@ -33,9 +35,7 @@ func (d *Daemon) examine(ctx context.Context, rel m3o.Release, in m3o.Instance) 
 	}
 	t := traits{Protocol: string(proto)}
 	if proto == runtime.GRPC {
-		if t.Descriptors, err = d.reflect(ctx, rel, in); err != nil {
-			d.log.Info("no schema by reflection", "app", rel.App, "release", rel.Version, "err", err)
-		}
+		t.Descriptors = d.schema(ctx, rel, in)
 	}
 	b, err := json.Marshal(t)
 	if err != nil {
@@ -63,28 +63,91 @@ func (d *Daemon) knownTraits(rel m3o.Release) (traits, bool) {
 }
 
 // traitsFile names a file for what is known of rel's image under rel's config,
-// which may switch a protocol or reflection on and off.
+// which may switch a protocol or reflection on and off, and its descriptors,
+// which may change with a comment.
 func (d *Daemon) traitsFile(rel m3o.Release, ext string) string {
-	return d.cfg.path("traits", fmt.Sprintf("%s-%s-c%d%s", rel.App, strings.TrimPrefix(rel.Image, "sha256:"), rel.Config, ext))
+	name := fmt.Sprintf("%s-%s-c%d", rel.App, strings.TrimPrefix(rel.Image, "sha256:"), rel.Config)
+	if rel.Descriptors != "" {
+		name += "-d" + strings.TrimPrefix(rel.Descriptors, "sha256:")[:16]
+	}
+	return d.cfg.path("traits", name+ext)
 }
 
-func (d *Daemon) reflect(ctx context.Context, rel m3o.Release, in m3o.Instance) (string, error) {
-	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+// schema is the file with what is known of a gRPC service's API, "" for nothing.
+func (d *Daemon) schema(ctx context.Context, rel m3o.Release, in m3o.Instance) string {
+	known := &descriptorpb.FileDescriptorSet{}
+	if rel.Descriptors != "" {
+		var err error
+		if known, err = d.readDescriptors(rel.Descriptors); err != nil {
+			d.log.Error("read descriptors", "app", rel.App, "release", rel.Version, "err", err)
+			known = &descriptorpb.FileDescriptorSet{}
+		}
+	}
+	rctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
-	set, err := gateway.Reflect(ctx, in.Addr)
+	said, err := gateway.Reflect(rctx, in.Addr)
 	if err != nil {
-		return "", err
+		d.log.Info("no schema by reflection", "app", rel.App, "release", rel.Version, "err", err)
+	}
+	set := union(known, said)
+	if len(set.GetFile()) == 0 {
+		return ""
 	}
 	b, err := proto.MarshalOptions{Deterministic: true}.Marshal(set)
 	if err != nil {
-		return "", fmt.Errorf("encode descriptors: %w", err)
+		d.log.Error("encode descriptors", "app", rel.App, "release", rel.Version, "err", err)
+		return ""
 	}
-	sum := sha256.Sum256(b)
-	file := d.cfg.path("descriptors", hex.EncodeToString(sum[:])+".binpb")
-	if err := atomicfile.Write(file, b, 0o600); err != nil {
-		return "", err
+	digest, err := d.keepDescriptors(b)
+	if err != nil {
+		d.log.Error("keep descriptors", "app", rel.App, "release", rel.Version, "err", err)
+		return ""
 	}
-	return file, nil
+	return d.descriptorsFile(digest)
+}
+
+// union is a with those files of b that declare nothing a has: a has comments,
+// and b names of files that may differ.
+func union(a, b *descriptorpb.FileDescriptorSet) *descriptorpb.FileDescriptorSet {
+	if len(a.GetFile()) == 0 {
+		return b
+	}
+	names, symbols := map[string]bool{}, map[string]bool{}
+	for _, f := range a.GetFile() {
+		names[f.GetName()] = true
+		for _, s := range declared(f) {
+			symbols[s] = true
+		}
+	}
+	out := &descriptorpb.FileDescriptorSet{File: slices.Clone(a.GetFile())}
+	for _, f := range b.GetFile() {
+		if !names[f.GetName()] && !slices.ContainsFunc(declared(f), func(s string) bool { return symbols[s] }) {
+			out.File = append(out.File, f)
+		}
+	}
+	if _, err := (protodesc.FileOptions{AllowUnresolvable: true}).NewFiles(out); err != nil {
+		return a
+	}
+	return out
+}
+
+// declared are the full names of a file's top-level declarations.
+func declared(f *descriptorpb.FileDescriptorProto) []string {
+	var names []string
+	add := func(name string) { names = append(names, strings.TrimPrefix(f.GetPackage()+"."+name, ".")) }
+	for _, m := range f.GetMessageType() {
+		add(m.GetName())
+	}
+	for _, e := range f.GetEnumType() {
+		add(e.GetName())
+	}
+	for _, s := range f.GetService() {
+		add(s.GetName())
+	}
+	for _, e := range f.GetExtension() {
+		add(e.GetName())
+	}
+	return names
 }
 
 // remember restores the traits of a live release after a restart, from the

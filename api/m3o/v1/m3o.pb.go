@@ -1467,21 +1467,23 @@ func (*DestroyAppResponse) Descriptor() ([]byte, []int) {
 }
 
 type Release struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Version       int32                  `protobuf:"varint,1,opt,name=version,proto3" json:"version,omitempty"`
-	Status        string                 `protobuf:"bytes,2,opt,name=status,proto3" json:"status,omitempty"` // "pending", "live", "kept" (a rollback offers it), "retired", "failed"
-	Commit        string                 `protobuf:"bytes,3,opt,name=commit,proto3" json:"commit,omitempty"`
-	Message       string                 `protobuf:"bytes,4,opt,name=message,proto3" json:"message,omitempty"`
-	Reason        string                 `protobuf:"bytes,5,opt,name=reason,proto3" json:"reason,omitempty"`
-	User          string                 `protobuf:"bytes,6,opt,name=user,proto3" json:"user,omitempty"`
-	Created       *timestamppb.Timestamp `protobuf:"bytes,7,opt,name=created,proto3" json:"created,omitempty"`
-	Image         string                 `protobuf:"bytes,8,opt,name=image,proto3" json:"image,omitempty"`
-	Config        int32                  `protobuf:"varint,9,opt,name=config,proto3" json:"config,omitempty"`
-	Build         int32                  `protobuf:"varint,10,opt,name=build,proto3" json:"build,omitempty"`
-	Processes     map[string]*Process    `protobuf:"bytes,11,rep,name=processes,proto3" json:"processes,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
-	Descriptors   string                 `protobuf:"bytes,12,opt,name=descriptors,proto3" json:"descriptors,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	state          protoimpl.MessageState `protogen:"open.v1"`
+	Version        int32                  `protobuf:"varint,1,opt,name=version,proto3" json:"version,omitempty"`
+	Status         string                 `protobuf:"bytes,2,opt,name=status,proto3" json:"status,omitempty"` // "pending", "live", "kept" (a rollback offers it), "retired", "failed"
+	Commit         string                 `protobuf:"bytes,3,opt,name=commit,proto3" json:"commit,omitempty"`
+	Message        string                 `protobuf:"bytes,4,opt,name=message,proto3" json:"message,omitempty"`
+	Reason         string                 `protobuf:"bytes,5,opt,name=reason,proto3" json:"reason,omitempty"`
+	User           string                 `protobuf:"bytes,6,opt,name=user,proto3" json:"user,omitempty"`
+	Created        *timestamppb.Timestamp `protobuf:"bytes,7,opt,name=created,proto3" json:"created,omitempty"`
+	Image          string                 `protobuf:"bytes,8,opt,name=image,proto3" json:"image,omitempty"`
+	Config         int32                  `protobuf:"varint,9,opt,name=config,proto3" json:"config,omitempty"`
+	Build          int32                  `protobuf:"varint,10,opt,name=build,proto3" json:"build,omitempty"`
+	Processes      map[string]*Process    `protobuf:"bytes,11,rep,name=processes,proto3" json:"processes,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	Descriptors    string                 `protobuf:"bytes,12,opt,name=descriptors,proto3" json:"descriptors,omitempty"`
+	BreakingPolicy string                 `protobuf:"bytes,13,opt,name=breaking_policy,json=breakingPolicy,proto3" json:"breaking_policy,omitempty"` // what the API was held to: "WIRE_JSON", "WIRE", "off"; empty without .proto files
+	Breaking       []string               `protobuf:"bytes,14,rep,name=breaking,proto3" json:"breaking,omitempty"`                                   // what it broke of the API before, as allowed; a line each
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
 }
 
 func (x *Release) Reset() {
@@ -1596,6 +1598,20 @@ func (x *Release) GetDescriptors() string {
 		return x.Descriptors
 	}
 	return ""
+}
+
+func (x *Release) GetBreakingPolicy() string {
+	if x != nil {
+		return x.BreakingPolicy
+	}
+	return ""
+}
+
+func (x *Release) GetBreaking() []string {
+	if x != nil {
+		return x.Breaking
+	}
+	return nil
 }
 
 type Process struct {
@@ -3100,7 +3116,7 @@ const file_m3o_v1_m3o_proto_rawDesc = "" +
 	"\x11DestroyAppRequest\x12\x10\n" +
 	"\x03app\x18\x01 \x01(\tR\x03app\x12\x18\n" +
 	"\aconfirm\x18\x02 \x01(\tR\aconfirm\"\x14\n" +
-	"\x12DestroyAppResponse\"\xc2\x03\n" +
+	"\x12DestroyAppResponse\"\x87\x04\n" +
 	"\aRelease\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\x05R\aversion\x12\x16\n" +
 	"\x06status\x18\x02 \x01(\tR\x06status\x12\x16\n" +
@@ -3114,7 +3130,9 @@ const file_m3o_v1_m3o_proto_rawDesc = "" +
 	"\x05build\x18\n" +
 	" \x01(\x05R\x05build\x12<\n" +
 	"\tprocesses\x18\v \x03(\v2\x1e.m3o.v1.Release.ProcessesEntryR\tprocesses\x12 \n" +
-	"\vdescriptors\x18\f \x01(\tR\vdescriptors\x1aM\n" +
+	"\vdescriptors\x18\f \x01(\tR\vdescriptors\x12'\n" +
+	"\x0fbreaking_policy\x18\r \x01(\tR\x0ebreakingPolicy\x12\x1a\n" +
+	"\bbreaking\x18\x0e \x03(\tR\bbreaking\x1aM\n" +
 	"\x0eProcessesEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12%\n" +
 	"\x05value\x18\x02 \x01(\v2\x0f.m3o.v1.ProcessR\x05value:\x028\x01\"S\n" +
