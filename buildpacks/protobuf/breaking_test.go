@@ -41,7 +41,9 @@ var breakingRules = []struct {
 		"FIELD_NO_DELETE_UNLESS_NUMBER_RESERVED", "FIELD_NO_DELETE_UNLESS_NUMBER_RESERVED"},
 	{"field removed, both reserved", in("message M { string a = 1; string b = 2; }"), in("message M { string a = 1; reserved 2 to 5; reserved \"b\"; }"), "", ""},
 	{"field renumbered", in("message M { string a = 1; }"), in("message M { string a = 2; }"),
-		"FIELD_NO_DELETE_UNLESS_NUMBER_RESERVED", "FIELD_NO_DELETE_UNLESS_NAME_RESERVED FIELD_NO_DELETE_UNLESS_NUMBER_RESERVED"},
+		"FIELD_NO_DELETE_UNLESS_NUMBER_RESERVED", "FIELD_NO_DELETE_UNLESS_NUMBER_RESERVED"},
+	{"field renumbered, number reserved", in("message M { string a = 1; }"), in("message M { reserved 1; string a = 2; }"),
+		"", "FIELD_NO_DELETE_UNLESS_NAME_RESERVED"},
 	{"field added", in("message M { string a = 1; }"), in("message M { string a = 1; int32 b = 2; }"), "", ""},
 	{"fields in another order", in("message M { string a = 1; int32 b = 2; }"), in("message M { int32 b = 2; string a = 1; }"), "", ""},
 	{"field renamed", in("message M { string a = 1; }"), in("message M { string b = 1; }"), "", "FIELD_SAME_JSON_NAME FIELD_SAME_NAME"},
@@ -241,7 +243,7 @@ message Order {
 	want := []string{
 		"shop.proto:7:3 (before): shop.v1.Orders.Ping: the method was removed (RPC_NO_DELETE) [/shop.v1.Orders/Ping]",
 		"shop.proto:15:3: shop.v1.Order.total: the type changed from int64 to string (FIELD_WIRE_COMPATIBLE_TYPE) [/shop.v1.Orders/Get /shop.v1.Orders/List]",
-		"shop.proto:16:3 (before): shop.v1.Order.note: field 3 was removed or renumbered; to remove it, reserve its number (FIELD_NO_DELETE_UNLESS_NUMBER_RESERVED) [/shop.v1.Orders/Get /shop.v1.Orders/List]",
+		"shop.proto:16:3 (before): shop.v1.Order.note: field 3 was removed and its number is not reserved (FIELD_NO_DELETE_UNLESS_NUMBER_RESERVED) [/shop.v1.Orders/Get /shop.v1.Orders/List]",
 	}
 	if !slices.Equal(got, want) {
 		t.Errorf("got\n%s\nwant\n%s", strings.Join(got, "\n"), strings.Join(want, "\n"))

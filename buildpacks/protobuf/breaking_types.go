@@ -86,13 +86,22 @@ func (b *breaking) message(o, n *messageIndex) {
 }
 
 func (b *breaking) fieldGone(o, n *messageIndex, of *descriptorpb.FieldDescriptorProto, at place, subject string, calls []string) {
-	if !inRanges(messageRanges(n.desc), int64(of.GetNumber())) {
+	kept := inRanges(messageRanges(n.desc), int64(of.GetNumber()))
+	if i := slices.IndexFunc(n.desc.GetField(), func(f *descriptorpb.FieldDescriptorProto) bool { return f.GetName() == of.GetName() }); i >= 0 && (b.json || !kept) {
+		rule := "FIELD_NO_DELETE_UNLESS_NUMBER_RESERVED"
+		if kept {
+			rule = "FIELD_NO_DELETE_UNLESS_NAME_RESERVED"
+		}
+		b.report(rule, n.place(2, int32(i), 3), false, subject, calls, "the field was renumbered from %d to %d", of.GetNumber(), n.desc.GetField()[i].GetNumber())
+		return
+	}
+	if !kept {
 		b.report("FIELD_NO_DELETE_UNLESS_NUMBER_RESERVED", at, true, subject, calls,
-			"field %d was removed or renumbered; to remove it, reserve its number", of.GetNumber())
+			"field %d was removed and its number is not reserved", of.GetNumber())
 	}
 	if b.json && !slices.Contains(n.desc.GetReservedName(), of.GetName()) {
 		b.report("FIELD_NO_DELETE_UNLESS_NAME_RESERVED", at, true, subject, calls,
-			"field %d was removed or renumbered; to remove it, reserve its name", of.GetNumber())
+			"field %d was removed and its name is not reserved", of.GetNumber())
 	}
 }
 
