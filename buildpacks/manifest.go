@@ -18,8 +18,9 @@ import (
 // its part of the table of keys: parser, JSON Schema (Schema) and reference
 // (Reference) are made from that table.
 type Manifest struct {
-	Build  BuildKeys
-	Health m3o.Health
+	Build    BuildKeys
+	Health   m3o.Health
+	Protobuf ProtobufKeys
 }
 
 // manifestKeys is the table of all keys of m3o.yaml.
@@ -27,6 +28,7 @@ func manifestKeys() []key[Manifest] {
 	return slices.Concat(
 		buildKeys(),
 		healthKeys(),
+		protobufKeys(),
 	)
 }
 

@@ -127,7 +127,7 @@ func firstOf(list []string, n int) []string {
 // callers, unless policy or pusher allow it. A live release without
 // descriptors, because it was built of no .proto files, is not compared.
 func (d *Daemon) gate(ctx context.Context, src m3o.Source, plan *buildpacks.Plan, res *protobuf.Result, out output) (policy string, breaks []string, err error) {
-	p, err := protobuf.PolicyOf(breakingPolicy(plan))
+	p, err := protobuf.PolicyOf(plan.Files.Manifest.Protobuf.Breaking)
 	if err != nil {
 		return "", nil, err
 	}
@@ -178,9 +178,6 @@ func exists(tree fs.FS, name string) bool {
 	_, err := fs.Stat(tree, name)
 	return err == nil
 }
-
-// breakingPolicy is what m3o.yaml says of breaking changes, "" for nothing.
-func breakingPolicy(*buildpacks.Plan) string { return "" }
 
 // goCode is the Go code to generate.
 func goCode(tree *source.Tree, plan *buildpacks.Plan, res *protobuf.Result, out output) (build.Generation, error) {

@@ -179,6 +179,7 @@ func TestTables(t *testing.T) {
 			"v1       kept    1111111  ada  2 minutes ago  git push: first\n"},
 		{"releases -n 1 -a hello", "RELEASE  STATUS  COMMIT   BY   WHEN           WHAT\n" +
 			"v2       live    2222222  ada  2 minutes ago  git push: second line\n"},
+		{"releases:info -a hello v1", "Release  v1\nStatus   kept\nReason   git push\nCommit   1111111111111111111111111111111111111111\nMessage  first\nBy       ada\nCreated  2 minutes ago\nBuild    0\nConfig   revision 1\n"},
 		{"builds -a hello", "BUILD  STATUS     COMMIT   BY   WHEN           TOOK    WHAT\n" +
 			"2      succeeded  2222222  ada  3 minutes ago  2.1s    second\n" +
 			"1      failed              ada  5 minutes ago  300 ms  main.go:7: undefined: greet\n"},

@@ -60,6 +60,9 @@ prints what it did. What needs root is printed as a command to run. The CA of a 
 			flags: []flag{appFlag, remoteFlag}},
 
 		{name: "releases", aliases: []string{"releases:list"}, group: "Deploys", app: true, run: runReleases, short: "List the releases of an app, newest first", flags: []flag{number}},
+		{name: "releases:info", group: "Deploys", args: "[RELEASE]", max: 1, app: true, run: runReleasesInfo, completes: "release",
+			short:   "Show a release whole: image, config, processes, API; the live one's without a number",
+			example: "m3o releases:info\nm3o releases:info v12 --json"},
 		{name: "rollback", aliases: []string{"releases:rollback"}, group: "Deploys", args: "[RELEASE]", max: 1, app: true, run: runRollback, completes: "release",
 			short:   "Make an earlier release live again, without a build",
 			long:    "Its image, config and processes become a new release. Without a release it is the one before the live one.",
