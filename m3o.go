@@ -56,16 +56,19 @@ const (
 
 // A Build records one run of BuildKit for an app.
 type Build struct {
-	App      string
-	Number   int // 1, 2, 3 … per app
-	Status   BuildStatus
-	Commit   string
-	Message  string // subject line of the commit
-	User     string
-	Image    string // digest, "sha256:…"; empty unless Succeeded
-	Error    string // the one line the pusher saw last; empty unless Failed
-	Started  time.Time
-	Finished time.Time // zero while running
+	App     string
+	Number  int // 1, 2, 3 … per app
+	Status  BuildStatus
+	Commit  string
+	Message string // subject line of the commit
+	User    string
+	Image   string // digest, "sha256:…"; empty unless Succeeded
+	// Toolchain and Base are what the image was made with, "go1.26.8" and a
+	// layer's digest; empty unless Succeeded.
+	Toolchain, Base string
+	Error           string // the one line the pusher saw last; empty unless Failed
+	Started         time.Time
+	Finished        time.Time // zero while running
 }
 
 // A Process is one process type of a release: what it runs and how many.

@@ -63,6 +63,9 @@ const (
 	UsersRead      Verb = "users.read"      // nothing
 	UsersWrite     Verb = "users.write"     // user
 	AuditRead      Verb = "audit.read"      // nothing
+	SchedulesWrite Verb = "schedules.write" // app
+	NotifyWrite    Verb = "notify.write"    // app: where its notifications go
+	DeployWrite    Verb = "deploy.write"    // app: branch, paths, lock, hooks, publishing
 )
 
 // A policy says who may a verb beside the admins.
@@ -93,6 +96,9 @@ var policies = map[Verb]policy{
 	UsersRead:      {},
 	UsersWrite:     {changes: true},
 	AuditRead:      {},
+	SchedulesWrite: {role: Deployer, changes: true},
+	NotifyWrite:    {role: Deployer, changes: true},
+	DeployWrite:    {role: Deployer, changes: true},
 }
 
 // Allow says whether who may do v to what: an app or a user, as v says. A

@@ -45,6 +45,14 @@ var permissions = map[string]auth.Verb{
 	m3ov1connect.ConfigUnsetProcedure:      auth.ConfigWrite,
 	m3ov1connect.ProcessesListProcedure:    auth.AppsRead,
 	m3ov1connect.ProcessesLogsProcedure:    auth.LogsRead,
+
+	m3ov1connect.SchedulesAddProcedure:     auth.SchedulesWrite,
+	m3ov1connect.SchedulesListProcedure:    auth.AppsRead,
+	m3ov1connect.SchedulesRunProcedure:     auth.SchedulesWrite,
+	m3ov1connect.SchedulesPauseProcedure:   auth.SchedulesWrite,
+	m3ov1connect.SchedulesResumeProcedure:  auth.SchedulesWrite,
+	m3ov1connect.SchedulesRemoveProcedure:  auth.SchedulesWrite,
+	m3ov1connect.SchedulesHistoryProcedure: auth.LogsRead,
 }
 
 // apiHandler serves the control plane's procedures, each behind its permission.
@@ -59,6 +67,7 @@ func (d *Daemon) apiHandler() http.Handler {
 	mux.Handle(m3ov1connect.NewConfigHandler(configAPI{d}, opts...))
 	mux.Handle(m3ov1connect.NewProcessesHandler(processesAPI{d}, opts...))
 	mux.Handle(m3ov1connect.NewServerHandler(serverAPI{d}, opts...))
+	mux.Handle(m3ov1connect.NewSchedulesHandler(schedulesAPI{d}, opts...))
 	mux.HandleFunc("GET /-/health", func(w http.ResponseWriter, _ *http.Request) { _, _ = w.Write([]byte("ok\n")) })
 	return mux
 }

@@ -65,6 +65,10 @@ func (d *Daemon) destroyApp(ctx context.Context, app string) error {
 	// A destroy goes through even if who asked for it hangs up.
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 2*time.Minute)
 	defer cancel()
+	// First, or one of them would start what is being removed.
+	if err := d.schedules.removeApp(ctx, app); err != nil {
+		return err
+	}
 	_, turn, err := d.lanes.lane(app).enter(ctx, nil) // cancels a push that runs
 	if err != nil {
 		return err

@@ -50,6 +50,8 @@ type Daemon struct {
 	trees   source.Cache
 	lanes   lanes
 
+	schedules *schedules
+
 	imagesMu sync.RWMutex // read: an image is made that no release names yet; write: images are removed
 
 	routerDied chan struct{} // gets a token when a router we started ends
@@ -99,6 +101,9 @@ func New(ctx context.Context, cfg Config, version string, log *slog.Logger) (_ *
 	}
 	if err := d.firstStart(ctx); err != nil {
 		return nil, err
+	}
+	if d.schedules, err = openSchedules(ctx, d); err != nil {
+		return nil, fmt.Errorf("open schedules: %w", err)
 	}
 	d.router = router.Client{Socket: d.controlSocket()}
 	d.routes = newRoutes(cfg.Domain, "unix:"+d.apiSocket(), d.router, log)
@@ -164,12 +169,22 @@ func (d *Daemon) Run(ctx context.Context, ready func(Ready)) error {
 		return nil
 	})
 	s.Add("api", d.serveAPI)
+	settled := make(chan struct{}) // closed when the live releases run
+	s.Add("schedules", func(ctx context.Context) error {
+		select {
+		case <-settled:
+			return d.schedules.run(ctx)
+		case <-ctx.Done():
+			return nil
+		}
+	})
 	s.Add("git server", func(ctx context.Context) error {
 		// Everything below runs by now: settle what a crash left, then take pushes.
 		if err := d.recover(ctx); err != nil {
 			return err
 		}
 		apps := d.settle(ctx)
+		close(settled)
 		go d.announce(ctx, apps, ready) // ends with ctx
 		return d.git.Run(ctx)
 	})

@@ -104,7 +104,7 @@ func (d *Daemon) push(ctx context.Context, turn *turn, src m3o.Source, w io.Writ
 	if err != nil {
 		return fail(d.endBuild(ctx, bld, err))
 	}
-	bld.Image = res.Image
+	bld.Image, bld.Toolchain, bld.Base = res.Image, res.Toolchain, res.Base
 	if err := d.endBuild(ctx, bld, nil); err != nil {
 		return fail(err)
 	}

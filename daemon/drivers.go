@@ -30,6 +30,7 @@ type driver interface {
 type builder interface {
 	Build(ctx context.Context, r build.Request) (build.Result, error)
 	Attach(ctx context.Context, image string, a build.Attachment) error
+	Current(ctx context.Context, toolchain string) (build.Basis, error)
 	Run(ctx context.Context) error
 	Ready(ctx context.Context) error
 	Prune(ctx context.Context, keep []string) error

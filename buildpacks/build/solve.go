@@ -51,6 +51,7 @@ type Result struct {
 	Size  int64  // of all layers, bytes
 	Steps []Step
 	Took  time.Duration
+	Basis // what it was built with
 }
 
 // A Step is one part of a build, for the record of where the time went.
@@ -195,6 +196,7 @@ func (b *Builder) build(ctx context.Context, req Request, out *output) (Result, 
 	}
 	res.Steps = append(res.Steps, Step{Name: "image", Took: time.Since(mark)})
 	res.Image, res.Size = m.Digest.String(), base.Size+layer.Size
+	res.Basis = Basis{Toolchain: tc.Version, Base: base.Digest.String()}
 	return res, nil
 }
 

@@ -147,6 +147,7 @@ type client struct {
 	config    m3ov1connect.ConfigClient
 	processes m3ov1connect.ProcessesClient
 	server    m3ov1connect.ServerClient
+	schedules m3ov1connect.SchedulesClient
 }
 
 // connect is a client of the server that the environment or login names.
@@ -201,6 +202,7 @@ func clientWith(t target, conf *tls.Config) *client {
 		config:    m3ov1connect.NewConfigClient(h, base, opts...),
 		processes: m3ov1connect.NewProcessesClient(h, base, opts...),
 		server:    m3ov1connect.NewServerClient(h, base, opts...),
+		schedules: m3ov1connect.NewSchedulesClient(h, base, opts...),
 	}
 }
 

@@ -25,7 +25,7 @@ type command struct {
 	example string // lines, each a command
 	hidden  bool   // not in the overview
 	// completes says what an argument is: "app", "server", "key", "var",
-	// "release", "build", "command", "shell", "file" or "".
+	// "release", "build", "schedule", "command", "shell", "file" or "".
 	completes string
 	run       func(ctx context.Context, c *call) error
 }

@@ -1,10 +1,12 @@
 package main
 
+import "slices"
+
 // commands is the table of everything m3o does, in the order of its help.
 func commands() []*command {
 	number := flag{"number", "n", "N", "how many"}
 	noRestart := flag{"no-restart", "", "", "keep the change for the next release"}
-	return []*command{
+	return slices.Concat([]*command{
 		{name: "login", group: "Session", args: "[URL]", max: 1, run: runLogin, completes: "server",
 			short: "Log in to a server by your SSH key",
 			long: `The server is challenged and the key signs: the one of --key, else those of the SSH agent, else ~/.ssh/id_ed25519,
@@ -117,5 +119,5 @@ history. One newline at the end is left out. With --secret the values of this co
 		{name: "update", hidden: true, max: -1, run: instead("there is no update: a push is one", "git push m3o main")},
 		{name: "deploy", hidden: true, max: -1, run: instead("there is no deploy: a push is one", "git push m3o main")},
 		{name: "__complete", hidden: true, max: -1, run: runComplete},
-	}
+	}, scheduleCommands())
 }

@@ -216,6 +216,14 @@ func (c *call) values(ctx context.Context, kind string) []candidate {
 		for _, b := range res.GetBuilds() {
 			out = append(out, candidate{fmt.Sprint(b.GetNumber()), b.GetStatus() + " " + b.GetMessage()})
 		}
+	case "schedule":
+		res, err := ask(ctx, cl.schedules.List, &m3ov1.ListSchedulesRequest{App: app})
+		if err != nil {
+			return nil
+		}
+		for _, s := range res.GetSchedules() {
+			out = append(out, candidate{s.GetName(), s.GetCron() + " " + scheduleDoes(s)})
+		}
 	case "var":
 		res, err := ask(ctx, cl.config.List, &m3ov1.ListConfigRequest{App: app})
 		if err != nil {

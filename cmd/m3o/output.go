@@ -97,11 +97,11 @@ func (s *system) paint(colour, text string) string {
 // status colours a word that says how something is.
 func (s *system) status(word string) string {
 	switch word {
-	case "running", "live", "ready", "succeeded":
+	case "running", "live", "ready", "succeeded", "ok", "delivered":
 		return s.paint(green, word)
-	case "failed", "down", "unhealthy", "exited":
+	case "failed", "down", "unhealthy", "exited", "missed", "lost":
 		return s.paint(red, word)
-	case "deploying", "starting", "draining":
+	case "deploying", "starting", "draining", "held", "locked", "paused", "pending":
 		return s.paint(yellow, word)
 	}
 	return word
