@@ -19,6 +19,19 @@ type App struct {
 	// Sleep is the idle time after which the app is stopped until a request
 	// comes, where neither m3o ps:sleep nor m3o.yaml says; 0: never.
 	Sleep time.Duration
+
+	// Paths says which changed files make a push deploy, see release.Touches;
+	// none: all.
+	Paths []string
+	// Lock, while its At is set, keeps what is built from being published.
+	Lock Lock
+}
+
+// A Lock says who stopped publishing, when and why.
+type Lock struct {
+	User   string
+	Reason string
+	At     time.Time // UTC; zero: not locked
 }
 
 // DeployBranch is the branch whose pushes deploy the app.

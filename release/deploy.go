@@ -13,7 +13,7 @@ import (
 // Status says how far a deploy has come.
 type Status string
 
-// The statuses of a deploy. Live and Failed are its ends.
+// The statuses of a deploy. Live, Failed and Held are its ends.
 const (
 	Queued    Status = "queued"    // waits for its turn
 	Building  Status = "building"  // BuildKit makes the image
@@ -22,10 +22,11 @@ const (
 	Switching Status = "switching" // the router is being, or has been, switched; the git ref has not moved yet
 	Live      Status = "live"      // the ref has moved: the release serves
 	Failed    Status = "failed"    // the old release serves
+	Held      Status = "held"      // built while the app was locked: the old release serves, and this one can be published
 )
 
 // Ended reports whether nothing can happen to the deploy any more.
-func (s Status) Ended() bool { return s == Live || s == Failed }
+func (s Status) Ended() bool { return s == Live || s == Failed || s == Held }
 
 // An Event moves a deploy on.
 type Event string
@@ -38,6 +39,7 @@ const (
 	Switch  Event = "switch"  // begin to switch the router
 	Confirm Event = "confirm" // the ref has moved
 	Fail    Event = "fail"    // give up; the switch, if begun, has been rolled back
+	Hold    Event = "hold"    // keep what was built, and start nothing
 )
 
 // The life of a deploy. A rollback and a config change have an image already
@@ -49,10 +51,11 @@ const (
 //	        │               │                   ▲
 //	        └───────────────┴───────────────────┘
 //
-// and from everything but live to failed. What is not listed cannot happen.
+// and from everything but live to failed. Of a locked app building ends held.
+// What is not listed cannot happen.
 var next = map[Status]map[Event]Status{
 	Queued:    {Build: Building, Command: Releasing, Start: Starting, Fail: Failed},
-	Building:  {Command: Releasing, Start: Starting, Fail: Failed},
+	Building:  {Command: Releasing, Start: Starting, Fail: Failed, Hold: Held},
 	Releasing: {Start: Starting, Fail: Failed},
 	Starting:  {Switch: Switching, Fail: Failed},
 	Switching: {Confirm: Live, Fail: Failed},
@@ -75,6 +78,7 @@ type Deploy struct {
 	Build    int // number of the build, 0 when there is none (yet)
 	Release  int // version, 0 when there is none yet
 	Previous int // version that was live when it began, 0 for none
+	Publish  int // the held version whose image it makes live, 0 for none
 	Error    string
 	Steps    []Step
 	Started  time.Time
@@ -133,9 +137,9 @@ func (l *Ledger) Advance(ctx context.Context, id string, e Event, change func(*D
 		if change != nil {
 			change(&d)
 		}
-		d.ID, d.App, d.Source, d.User, d.Started = was.ID, was.App, was.Source, was.User, was.Started
-		if to == Live && d.Release == 0 {
-			return Deploy{}, fmt.Errorf("deploy %s has no release to make live", id)
+		d.ID, d.App, d.Source, d.User, d.Started, d.Publish = was.ID, was.App, was.Source, was.User, was.Started, was.Publish
+		if (to == Live || to == Held) && d.Release == 0 {
+			return Deploy{}, fmt.Errorf("deploy %s has no release to make %s", id, to)
 		}
 		d.Status = to
 		at := now()

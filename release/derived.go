@@ -21,16 +21,18 @@ type derived struct {
 	liveRev store.Rev // of the deploy that made it so: the order of going live, whatever the clock says
 
 	went map[int]bool   // versions that were live once
+	held map[int]bool   // versions that were built while the app was locked
+	pub  map[int]bool   // held versions whose image has been made live since
 	open map[string]int // unfinished deploys by ID, with their version or 0
 }
 
 func newDerived() *derived {
-	return &derived{went: map[int]bool{}, open: map[string]int{}}
+	return &derived{went: map[int]bool{}, held: map[int]bool{}, pub: map[int]bool{}, open: map[string]int{}}
 }
 
 func (x *derived) clone() *derived {
 	c := *x
-	c.went, c.open = maps.Clone(x.went), maps.Clone(x.open)
+	c.went, c.held, c.pub, c.open = maps.Clone(x.went), maps.Clone(x.held), maps.Clone(x.pub), maps.Clone(x.open)
 	return &c
 }
 
@@ -44,6 +46,11 @@ func (x *derived) see(d Deploy, rev store.Rev) {
 		if rev > x.liveRev {
 			x.live, x.liveRev = d.Release, rev
 		}
+		if d.Publish > 0 {
+			x.pub[d.Publish] = true
+		}
+	case d.Status == Held:
+		x.held[d.Release] = true
 	case !d.Status.Ended():
 		x.open[d.ID] = d.Release
 	}
@@ -70,6 +77,13 @@ func (x *derived) kept() []int {
 		others++
 		return others > keep
 	})
+}
+
+// publishable is the held versions that may still be published, newest first.
+func (x *derived) publishable() []int {
+	list := slices.SortedFunc(maps.Keys(x.held), func(a, b int) int { return b - a })
+	list = slices.DeleteFunc(list, func(v int) bool { return x.pub[v] })
+	return list[:min(len(list), keep)]
 }
 
 // derived gives a copy of what follows from the records of app.

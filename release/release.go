@@ -409,6 +409,9 @@ const (
 	ReleaseKept    ReleaseState = "kept"    // was live; a rollback offers it
 	ReleaseRetired ReleaseState = "retired" // was live; too old for a rollback
 	ReleaseFailed  ReleaseState = "failed"  // never went live
+	ReleaseHeld    ReleaseState = "held"    // built while the app was locked; can be published
+	// ReleasePublished was held until a later release made its image live.
+	ReleasePublished ReleaseState = "published"
 )
 
 // ReleaseStatus says what version of app is to it now; NotFound when there is
@@ -429,10 +432,27 @@ func (l *Ledger) ReleaseStatus(ctx context.Context, app string, version int) (Re
 		return ReleaseKept, nil
 	case x.went[version]:
 		return ReleaseRetired, nil
+	case x.pub[version]:
+		return ReleasePublished, nil
+	case slices.Contains(x.publishable(), version):
+		return ReleaseHeld, nil
+	case x.held[version]:
+		return ReleaseRetired, nil // too old to be published
 	case x.pending(version):
 		return ReleasePending, nil
 	}
 	return ReleaseFailed, nil
+}
+
+// Held is the releases that were built while the app was locked and can still
+// be published, newest first, ten at most. Whoever removes images must not
+// remove theirs.
+func (l *Ledger) Held(ctx context.Context, app string) ([]m3o.Release, error) {
+	x, err := l.derived(ctx, app)
+	if err != nil {
+		return nil, err
+	}
+	return l.all(ctx, app, x.publishable())
 }
 
 // Kept is the releases a rollback offers, newest first: the live one and the
@@ -443,8 +463,12 @@ func (l *Ledger) Kept(ctx context.Context, app string) ([]m3o.Release, error) {
 	if err != nil {
 		return nil, err
 	}
+	return l.all(ctx, app, x.kept())
+}
+
+func (l *Ledger) all(ctx context.Context, app string, versions []int) ([]m3o.Release, error) {
 	var list []m3o.Release
-	for _, v := range x.kept() {
+	for _, v := range versions {
 		r, err := l.Release(ctx, app, v)
 		if err != nil {
 			return nil, err
@@ -452,4 +476,34 @@ func (l *Ledger) Kept(ctx context.Context, app string) ([]m3o.Release, error) {
 		list = append(list, r)
 	}
 	return list, nil
+}
+
+// ChangeApp edits an app's record; change may be called more than once, and
+// its error ends it with nothing written. Name, Owner and Created stay.
+func (l *Ledger) ChangeApp(ctx context.Context, name string, change func(*m3o.App) error) (m3o.App, error) {
+	lock := l.lock(name)
+	lock.Lock()
+	defer lock.Unlock()
+	if _, err := l.App(ctx, name); err != nil {
+		return m3o.App{}, err
+	}
+	for {
+		was, rev, err := l.apps.Get(ctx, name)
+		if m3o.KindOf(err) == m3o.NotFound {
+			return m3o.App{}, noApp(name, err)
+		} else if err != nil {
+			return m3o.App{}, err
+		}
+		app := was
+		if err := change(&app); err != nil {
+			return was, err
+		}
+		app.Name, app.Owner, app.Created = was.Name, was.Owner, was.Created
+		if _, err = l.apps.Update(ctx, name, app, rev); m3o.KindOf(err) == m3o.Conflict {
+			continue // another process changed it
+		} else if err != nil {
+			return was, fmt.Errorf("change app %s: %w", name, err)
+		}
+		return app, nil
+	}
 }

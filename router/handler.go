@@ -131,7 +131,7 @@ func (q *request) serve(rest string) {
 
 // daemonPath says that a path of the API host is for the daemon itself.
 func daemonPath(p string) bool {
-	return p == "/" || strings.HasPrefix(p, "/m3o.v1.") || strings.HasPrefix(p, "/-/")
+	return p == "/" || strings.HasPrefix(p, "/m3o.v1.") || strings.HasPrefix(p, "/-/") || strings.HasPrefix(p, "/hooks/")
 }
 
 // appPath finds the app of api.<domain>/<app>/<rest>. M3O's /v1/<app>/… is

@@ -56,7 +56,7 @@ type Host struct {
 	Endpoints   []string `json:"endpoints,omitempty"`
 	Protocol    string   `json:"protocol,omitempty"`    // HTTP1 when empty
 	Descriptors string   `json:"descriptors,omitempty"` // absolute path of a FileDescriptorSet, "" for none
-	// Kind is KindApp when empty. On a KindAPI host /m3o.v1.*/…, /-/… and /
+	// Kind is KindApp when empty. On a KindAPI host /m3o.v1.*/…, /hooks/…, /-/… and /
 	// go to Endpoints, and every other path is /<app>/…, which the Gateway
 	// answers with that app.
 	Kind string `json:"kind,omitempty"`
