@@ -148,7 +148,7 @@ func (d *Daemon) scheduledCall(ctx context.Context, rec schedule, out io.Writer)
 	up.Protocols.SetUnencryptedHTTP2(true)
 	defer up.CloseIdleConnections()
 	ans := &answer{header: http.Header{}, max: 1 << 20}
-	gateway.New(gateway.Config{Log: d.log}).ServePath(ans, req, rec.App, path, tr.Descriptors, toEndpoint{up, addr})
+	gateway.New(gateway.Config{Log: d.log}).ServePath(ans, req, &m3o.API{App: rec.App, Release: rel.Version, Schema: tr.Descriptors}, path, toEndpoint{up, addr})
 	_, _ = out.Write(ans.body.Bytes())
 	if cause := context.Cause(ctx); cause != nil {
 		return "", cause
