@@ -18,7 +18,7 @@ type codec interface {
 }
 
 func newCodec(md protoreflect.MessageDescriptor, types *dynamicpb.Types) codec {
-	return &generic{md, types}
+	return &generic{desc: md, types: types}
 }
 
 // maxNesting is how deep messages may lie in each other, as in other protobuf
@@ -28,8 +28,9 @@ const maxNesting = 100
 // generic turns any message, by way of a message object: protojson defines
 // what is right.
 type generic struct {
-	desc  protoreflect.MessageDescriptor
-	types *dynamicpb.Types
+	desc   protoreflect.MessageDescriptor
+	types  *dynamicpb.Types
+	strict bool // unknown fields are errors
 }
 
 func (c *generic) toWire(dst, json []byte) ([]byte, error) {
@@ -50,8 +51,9 @@ func (c *generic) marshal(dst []byte, m proto.Message) ([]byte, error) {
 
 func (c *generic) parse(json []byte) (*dynamicpb.Message, error) {
 	m := dynamicpb.NewMessage(c.desc)
-	// Unknown fields are ignored: an old app must not refuse a new client.
-	err := protojson.UnmarshalOptions{DiscardUnknown: true, Resolver: c.types, RecursionLimit: maxNesting}.Unmarshal(json, m)
+	// Unknown fields are ignored unless the app wants otherwise: an old app must
+	// not refuse a new client.
+	err := protojson.UnmarshalOptions{DiscardUnknown: !c.strict, Resolver: c.types, RecursionLimit: maxNesting}.Unmarshal(json, m)
 	if err != nil {
 		return nil, invalid("%s: %s", c.desc.FullName(), jsonError(err))
 	}

@@ -134,7 +134,7 @@ func (c *unaryCall) serve(path string, find func() (*method, error), up http.Rou
 	h.Set("Content-Type", "application/"+codec)
 	switch {
 	case c.json && acceptsGzip(accept) && len(reply) >= zipFrom:
-		reply = zip(reply)
+		reply = gz(reply)
 		h.Set("Content-Encoding", "gzip")
 	case flags != 0:
 		h.Set("Content-Encoding", encodingOf(s.res.Header.Get("Grpc-Encoding")))
@@ -203,7 +203,7 @@ func (c *unaryCall) plain() ([]byte, error) {
 	switch c.enc {
 	case "":
 	case "gzip":
-		out, err := unzip(c.msg, c.g.max)
+		out, err := gunzip(c.msg, c.g.max)
 		if err != nil {
 			return nil, unzipError(err, c.g.max)
 		}

@@ -199,7 +199,7 @@ func or(a, b error) error {
 func (c *framedCall) toWire(flags byte, msg []byte) ([]byte, error) {
 	if flags&flagCompressed != 0 {
 		var err error
-		if msg, err = unzip(msg, c.g.max); err != nil {
+		if msg, err = gunzip(msg, c.g.max); err != nil {
 			return nil, unzipError(err, c.g.max)
 		}
 	}
@@ -293,7 +293,7 @@ func (c *framedCall) messages(s *stream) error {
 			}
 			var flags byte
 			if c.zips {
-				out, flags = zip(out), flagCompressed
+				out, flags = gz(out), flagCompressed
 			}
 			if err := c.send(appendFrame(nil, flags, out)); err != nil {
 				return err

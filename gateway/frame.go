@@ -95,7 +95,7 @@ var (
 	unzippers = sync.Pool{New: func() any { return new(gzip.Reader) }}
 )
 
-func zip(msg []byte) []byte {
+func gz(msg []byte) []byte {
 	var buf bytes.Buffer
 	z := zippers.Get().(*gzip.Writer)
 	defer zippers.Put(z)
@@ -105,8 +105,8 @@ func zip(msg []byte) []byte {
 	return buf.Bytes()
 }
 
-// unzip fails with errTooLarge when more than most bytes come out.
-func unzip(msg []byte, most int) ([]byte, error) {
+// gunzip fails with errTooLarge when more than most bytes come out.
+func gunzip(msg []byte, most int) ([]byte, error) {
 	if len(msg) == 0 {
 		return nil, nil // as gRPC and Connect allow
 	}

@@ -11,6 +11,7 @@ package gateway
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -24,6 +25,8 @@ import (
 	"time"
 
 	"google.golang.org/grpc/codes"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/dynamicpb"
 
 	"github.com/m3o/m3o"
 )
@@ -115,6 +118,18 @@ func (g *Gateway) method(t *target) (*method, error) {
 
 // serve tells the protocols apart.
 func (g *Gateway) serve(w http.ResponseWriter, r *http.Request, t *target, up http.RoundTripper) {
+	if cw := allowOrigin(w, r, t.api); cw == nil {
+		return // a preflight, answered
+	} else if w = cw; !t.any {
+		switch {
+		case strings.HasPrefix(r.URL.Path, ownPrefix):
+			g.serveOwn(w, r, t.api)
+			return
+		case strings.HasPrefix(r.URL.Path, reflectionPrefix) && g.reflects(t.api, r.URL.Path):
+			g.serveReflection(w, r, t.api)
+			return
+		}
+	}
 	ct := r.Header.Get("Content-Type")
 	d, framed := dialectOf(ct)
 	var err error
@@ -165,24 +180,58 @@ func speaksJSON(r *http.Request) bool {
 
 // plain answers JSON, forms and queries without a protocol around them.
 func (g *Gateway) plain(w http.ResponseWriter, r *http.Request, t *target, up http.RoundTripper) error {
-	m, err := g.method(t)
+	s, err := g.schema(t.api)
 	if err != nil {
 		return err
 	}
-	if !t.any && r.Method != http.MethodPost && (r.Method != http.MethodGet && r.Method != http.MethodHead || !m.safe) {
-		return &problem{http: http.StatusMethodNotAllowed, grpc: codes.Unimplemented, detail: r.Method + " does not call " + m.path + ": use POST"}
+	c := &plainCall{g: g, w: w, r: r, strict: t.api.Strict}
+	if c.m = s.methods[t.path]; c.m == nil && !t.any {
+		// A route of the app's own choice goes before the names we understand.
+		if c.b, c.vals, err = s.route(r.Method, r.URL.EscapedPath()); err != nil {
+			return err
+		}
 	}
-	if m.desc.IsStreamingClient() {
+	if c.b != nil {
+		c.m = c.b.m
+	} else {
+		if c.m == nil {
+			if c.m, err = t.find(s); err != nil {
+				return err
+			}
+		}
+		if !t.any && r.Method != http.MethodPost && (r.Method != http.MethodGet && r.Method != http.MethodHead || !c.m.safe) {
+			return &problem{http: http.StatusMethodNotAllowed, grpc: codes.Unimplemented, detail: r.Method + " does not call " + c.m.path + ": use POST"}
+		}
+	}
+	if c.m.desc.IsStreamingClient() {
 		return &problem{http: http.StatusNotImplemented, grpc: codes.Unimplemented,
-			detail: m.path + " takes a stream of messages, which JSON over HTTP does not carry yet: call it with a gRPC client"}
+			detail: c.m.path + " takes a stream of messages: open a WebSocket at this address, or call it with a client of gRPC or Connect"}
 	}
-	return g.call(w, r, m, up)
+	return c.call(up)
+}
+
+// plainCall is a call by plain HTTP.
+type plainCall struct {
+	g      *Gateway
+	w      http.ResponseWriter
+	r      *http.Request
+	m      *method
+	b      *binding // the route that was taken, nil for none
+	vals   []string // of its variables
+	strict bool
 }
 
 // call sends one message and answers with what comes back. An error it returns
 // was not yet told to the client.
-func (g *Gateway) call(w http.ResponseWriter, r *http.Request, m *method, up http.RoundTripper) error {
-	msg, err := g.input(w, r, m)
+func (c *plainCall) call(up http.RoundTripper) error {
+	g, w, r, m := c.g, c.w, c.r, c.m
+	var msg []byte
+	var err error
+	if c.b != nil {
+		msg, err = c.b.input(g, w, r, c.vals, c.strict)
+	} else {
+		msg, err = g.input(w, r, m, c.strict)
+	}
 	if err != nil {
 		return err
 	}
@@ -205,7 +254,7 @@ func (g *Gateway) call(w http.ResponseWriter, r *http.Request, m *method, up htt
 	h := w.Header()
 	s.copyMetadata(h)
 	if m.desc.IsStreamingServer() {
-		return deadline(ctx, g.stream(w, r, m, s))
+		return deadline(ctx, withTypes(c.stream(s), m))
 	}
 	reply, err := s.only()
 	if err != nil {
@@ -213,7 +262,13 @@ func (g *Gateway) call(w http.ResponseWriter, r *http.Request, m *method, up htt
 		return deadline(ctx, withTypes(err, m))
 	}
 	s.copyTrailers(h)
+	if c.raw(reply) {
+		return nil
+	}
 	body, err := m.out.toJSON(nil, reply)
+	if err == nil {
+		body, err = c.b.part(body)
+	}
 	if err != nil {
 		clear(h)
 		return err
@@ -225,6 +280,33 @@ func (g *Gateway) call(w http.ResponseWriter, r *http.Request, m *method, up htt
 		_, _ = w.Write(body) // the client is gone: nobody left to tell
 	}
 	return nil
+}
+
+// raw answers with the bytes of a google.api.HttpBody; false when the answer
+// is none.
+func (c *plainCall) raw(reply []byte) bool {
+	md := c.m.desc.Output()
+	if c.b != nil && c.b.answer != "" {
+		return false
+	}
+	if !isHTTPBody(md) {
+		return false
+	}
+	msg := dynamicpb.NewMessage(md)
+	if proto.Unmarshal(reply, msg) != nil {
+		return false
+	}
+	ct := msg.Get(md.Fields().ByName("content_type")).String()
+	body := msg.Get(md.Fields().ByName("data")).Bytes()
+	h := c.w.Header()
+	h.Set("Content-Type", cmp.Or(strings.ToValidUTF8(strings.NewReplacer("\r", "", "\n", "").Replace(ct), ""), "application/octet-stream"))
+	h.Set("Content-Length", strconv.Itoa(len(body)))
+	h.Set("X-Content-Type-Options", "nosniff")
+	c.w.WriteHeader(http.StatusOK)
+	if c.r.Method != http.MethodHead {
+		_, _ = c.w.Write(body) // the client is gone: nobody left to tell
+	}
+	return true
 }
 
 // withTypes lets err tell its details by the schema of m.
@@ -240,7 +322,8 @@ func newBody(b []byte) io.ReadCloser { return io.NopCloser(bytes.NewReader(b)) }
 // stream answers a server stream: newline-delimited JSON objects, each
 // {"result":…} or at the end {"error":…}, or server-sent events for who
 // accepts those. Every message is flushed.
-func (g *Gateway) stream(w http.ResponseWriter, r *http.Request, m *method, s *stream) error {
+func (c *plainCall) stream(s *stream) error {
+	w, r, m := c.w, c.r, c.m
 	h := w.Header()
 	sse := strings.Contains(r.Header.Get("Accept"), "text/event-stream")
 	begun := false
@@ -282,7 +365,9 @@ func (g *Gateway) stream(w http.ResponseWriter, r *http.Request, m *method, s *s
 		}
 		var body []byte
 		if err == nil {
-			body, err = m.out.toJSON(nil, msg)
+			if body, err = m.out.toJSON(nil, msg); err == nil {
+				body, err = c.b.part(body)
+			}
 		}
 		if err != nil {
 			if !begun {

@@ -280,7 +280,11 @@ func front(t testing.TB, cfg Config) string {
 			g.ServePath(w, r, &m3o.API{App: app, Schema: file}, path, up)
 			return
 		}
-		r.URL.Path = strings.TrimPrefix(r.URL.Path, "/app")
+		if rest, ok := strings.CutPrefix(r.URL.Path, "/host/"); ok { // a path for each host
+			host, path, _ := strings.Cut(rest, "/")
+			r.Host, r.URL.Path = host, "/app/"+path
+		}
+		r.URL.Path, r.URL.RawPath = strings.TrimPrefix(r.URL.Path, "/app"), strings.TrimPrefix(r.URL.RawPath, "/app")
 		g.ServeApp(w, r, &m3o.API{App: "helloworld", Schema: file}, up)
 	}))
 	t.Cleanup(srv.Close)
@@ -404,7 +408,7 @@ func TestErrors(t *testing.T) {
 		"not gzip":            {request{path: "/api/helloworld", body: "x", header: asJSON("Content-Encoding", "gzip")}, 400, "gzip"},
 		"too large":           {request{path: "/api/helloworld", body: big, header: asJSON()}, 413, "larger than 1048576"},
 		"zip bomb":            {request{path: "/api/helloworld", body: zip.String(), header: asJSON("Content-Encoding", "gzip")}, 413, "larger"},
-		"client stream":       {request{path: "/api/helloworld/chat", body: "{}", header: asJSON()}, 501, "gRPC client"},
+		"client stream":       {request{path: "/api/helloworld/chat", body: "{}", header: asJSON()}, 501, "WebSocket"},
 		"bad -bin":            {request{path: "/api/helloworld", body: "{}", header: asJSON("X-Bin", "!!")}, 400, "base64"},
 		"deadline":            {request{path: "/api/helloworld/slow", body: "{}", header: asJSON("Grpc-Timeout", "30m")}, 504, "deadline"},
 		"app: not found":      {request{path: "/api/helloworld/fail", body: `{"count":5,"name":"nö % such"}`, header: asJSON()}, 404, "nö % such"},
@@ -608,7 +612,7 @@ func FuzzForm(f *testing.F) {
 	}
 	f.Fuzz(func(t *testing.T, q string) {
 		msg := dynamicpb.NewMessage(m.desc.Input())
-		if err := fill(msg, q, m.types); err != nil {
+		if err := fill(msg, q, m.types, false); err != nil {
 			if p, ok := errors.AsType[*problem](err); !ok || p.http != 400 {
 				t.Errorf("%q: %v", q, err)
 			}

@@ -24,7 +24,7 @@ const (
 
 // input is the request message of r on the wire: the query, then the body on
 // top of it.
-func (g *Gateway) input(w http.ResponseWriter, r *http.Request, m *method) ([]byte, error) {
+func (g *Gateway) input(w http.ResponseWriter, r *http.Request, m *method, strict bool) ([]byte, error) {
 	body, err := g.body(w, r)
 	if err != nil {
 		return nil, err
@@ -46,16 +46,16 @@ func (g *Gateway) input(w http.ResponseWriter, r *http.Request, m *method) ([]by
 	if len(body) == 0 {
 		body = []byte("{}")
 	}
-	if r.URL.RawQuery == "" && !form {
+	if r.URL.RawQuery == "" && !form && !strict {
 		return g.bounded(m.in.toWire(nil, body))
 	}
-	c := &generic{m.desc.Input(), m.types}
+	c := &generic{m.desc.Input(), m.types, strict}
 	msg := dynamicpb.NewMessage(c.desc)
-	if err := fill(msg, r.URL.RawQuery, m.types); err != nil {
+	if err := fill(msg, r.URL.RawQuery, m.types, strict); err != nil {
 		return nil, err
 	}
 	if form {
-		if err := fill(msg, string(body), m.types); err != nil {
+		if err := fill(msg, string(body), m.types, strict); err != nil {
 			return nil, err
 		}
 	} else {
@@ -88,7 +88,7 @@ func (g *Gateway) body(w http.ResponseWriter, r *http.Request) ([]byte, error) {
 	switch enc := encodingOf(r.Header.Get("Content-Encoding")); enc {
 	case "":
 	case "gzip":
-		if b, err = unzip(b, g.max); err != nil {
+		if b, err = gunzip(b, g.max); err != nil {
 			return nil, unzipError(err, g.max)
 		}
 	default:
@@ -106,8 +106,8 @@ func bodyReadError(err error, most int) error {
 
 // fill sets the fields that a query or form names: a=1, a.b=1 and a[b]=1, maps
 // as m[key]=1, lists by repeating the name or as a[]=1. Names that the message
-// lacks are ignored, as unknown JSON fields are.
-func fill(msg protoreflect.Message, query string, types *dynamicpb.Types) error {
+// lacks are ignored, as unknown JSON fields are, unless strict.
+func fill(msg protoreflect.Message, query string, types *dynamicpb.Types, strict bool) error {
 	values, err := url.ParseQuery(query)
 	if err != nil {
 		return invalid("the query or form is malformed")
@@ -121,7 +121,7 @@ func fill(msg protoreflect.Message, query string, types *dynamicpb.Types) error 
 			return invalid("%.80q is nested deeper than %d", name, maxDepth)
 		}
 		for _, v := range vs {
-			if err := set1(msg, path, v, types); err != nil {
+			if err := set1(msg, path, v, types, strict); err != nil {
 				return invalid("field %.80q: %s", name, err)
 			}
 		}
@@ -153,12 +153,15 @@ func splitName(name string) []string {
 	return path
 }
 
-func set1(msg protoreflect.Message, path []string, v string, types *dynamicpb.Types) error {
+func set1(msg protoreflect.Message, path []string, v string, types *dynamicpb.Types, strict bool) error {
 	for i, name := range path {
 		fields := msg.Descriptor().Fields()
 		fd := fields.ByJSONName(name)
 		if fd == nil {
 			if fd = fields.ByTextName(name); fd == nil {
+				if strict {
+					return errors.New("there is no such field")
+				}
 				return nil
 			}
 		}

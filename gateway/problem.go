@@ -1,6 +1,7 @@
 package gateway
 
 import (
+	"cmp"
 	"encoding/base64"
 	"encoding/json"
 	"errors"
@@ -21,6 +22,7 @@ type problem struct {
 	grpc    codes.Code
 	detail  string
 	err     error            // for the log only
+	allow   string           // the verbs of a 405, POST when empty
 	own     bool             // the app said so itself
 	text    bool             // told as plain text
 	bare    bool             // Connect tells it by the HTTP code alone
@@ -94,7 +96,7 @@ func (p *problem) write(w http.ResponseWriter, r *http.Request, app string) {
 	h.Set("X-Content-Type-Options", "nosniff")
 	switch p.http {
 	case http.StatusMethodNotAllowed:
-		h.Set("Allow", http.MethodPost)
+		h.Set("Allow", cmp.Or(p.allow, http.MethodPost))
 	case http.StatusServiceUnavailable:
 		h.Set("Retry-After", "1")
 	}

@@ -13,6 +13,7 @@ import (
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/reflect/protodesc"
 	"google.golang.org/protobuf/reflect/protoreflect"
+	"google.golang.org/protobuf/reflect/protoregistry"
 	"google.golang.org/protobuf/types/descriptorpb"
 	"google.golang.org/protobuf/types/dynamicpb"
 )
@@ -27,6 +28,10 @@ const (
 type set struct {
 	methods map[string]*method // by "/package.Service/Method"
 	list    []*method          // in order, without the gRPC project's own services
+	routes  []*binding         // of google.api.http, what says most first
+	raw     []byte             // the FileDescriptorSet
+	files   *protoregistry.Files
+	types   *dynamicpb.Types
 }
 
 // method is one gRPC method and how its messages are turned.
@@ -47,7 +52,7 @@ func compile(fds *descriptorpb.FileDescriptorSet) (s *set, err error) {
 		return nil, fmt.Errorf("compile schema: %w", err)
 	}
 	types := dynamicpb.NewTypes(files)
-	s = &set{methods: map[string]*method{}}
+	s = &set{methods: map[string]*method{}, files: files, types: types}
 	files.RangeFiles(func(fd protoreflect.FileDescriptor) bool {
 		for i := range fd.Services().Len() {
 			sd := fd.Services().Get(i)
@@ -63,12 +68,14 @@ func compile(fds *descriptorpb.FileDescriptorSet) (s *set, err error) {
 				s.methods[m.path] = m
 				if !strings.HasPrefix(m.service, "grpc.health.") && !strings.HasPrefix(m.service, "grpc.reflection.") {
 					s.list = append(s.list, m)
+					s.routes = append(s.routes, bindingsOf(m)...)
 				}
 			}
 		}
 		return true
 	})
 	slices.SortFunc(s.list, func(a, b *method) int { return strings.Compare(a.path, b.path) })
+	sortBindings(s.routes)
 	return s, nil
 }
 
@@ -129,7 +136,12 @@ func readSet(file string) (*set, error) {
 	if err := proto.Unmarshal(b, &fds); err != nil {
 		return nil, fmt.Errorf("read schema: %w", err)
 	}
-	return compile(&fds)
+	s, err := compile(&fds)
+	if err != nil {
+		return nil, err
+	}
+	s.raw = b
+	return s, nil
 }
 
 // byPath finds /package.Service/Method, or the same by short or

@@ -146,7 +146,7 @@ func (s *stream) next() ([]byte, error) {
 		// No encoding was offered, so none may be used.
 		return nil, &problem{http: http.StatusBadGateway, grpc: codes.Internal, detail: fmt.Sprintf("the app sent a message compressed by %.40q, which was not asked for", enc)}
 	}
-	if msg, err = unzip(msg, s.max); err != nil {
+	if msg, err = gunzip(msg, s.max); err != nil {
 		return nil, &problem{http: http.StatusBadGateway, grpc: codes.Internal, detail: "the app sent a compressed message that makes no sense", err: err}
 	}
 	return msg, nil
