@@ -15,11 +15,16 @@ help: ## list the targets
 
 deps: ## install what is missing: git, ssh, a C compiler and libseccomp for runc, CA roots
 	@tools/deps.sh
-	@$(MAKE) -s testdata/webhooks/node_modules
+	@$(MAKE) -s testdata/webhooks/node_modules testdata/clients/node_modules
 
 # Webhook payloads that others wrote; tests read them.
 testdata/webhooks/node_modules: testdata/webhooks/package.json
 	@cd testdata/webhooks && npm install --no-audit --no-fund --no-package-lock --ignore-scripts --loglevel=error >/dev/null
+	@touch $@
+
+# Clients that others wrote, and the compiler that ours are checked with.
+testdata/clients/node_modules: testdata/clients/package-lock.json
+	@cd testdata/clients && npm ci --no-audit --no-fund --ignore-scripts --loglevel=error >/dev/null
 	@touch $@
 
 build: engines ## build m3o, m3od, m3o-shim and, when stale, runc and buildkitd into bin/

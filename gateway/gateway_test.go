@@ -19,6 +19,7 @@ import (
 	"time"
 
 	"github.com/bufbuild/protocompile"
+	"github.com/bufbuild/protocompile/protoutil"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/encoding"
@@ -27,7 +28,6 @@ import (
 	"google.golang.org/grpc/reflection"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
-	"google.golang.org/protobuf/reflect/protodesc"
 	"google.golang.org/protobuf/reflect/protoreflect"
 	"google.golang.org/protobuf/reflect/protoregistry"
 	"google.golang.org/protobuf/types/descriptorpb"
@@ -46,7 +46,12 @@ import "google/protobuf/field_mask.proto";
 import "google/protobuf/any.proto";
 import "google/protobuf/struct.proto";
 
+// Helloworld sells things.
+//
+// It keeps no state */ at all.
 service Helloworld {
+  // Call echoes an order. It has no side effects,
+  // but does not say so.
   rpc Call(Order) returns (Order);
   rpc Greet(Order) returns (Order) { option idempotency_level = NO_SIDE_EFFECTS; }
   rpc Fail(Order) returns (Order);
@@ -58,7 +63,9 @@ service BarBaz { rpc DoThis(Order) returns (Order); }
 
 enum Color { RED = 0; GREEN = 1; ALIAS = -2; }
 message Item { string name = 1; double price = 2; repeated string tags = 3; Item inner = 4; }
+// An Order is what a customer wants.
 message Order {
+  // Who ordered.
   string name = 1;
   int32 count = 2;
   int64 big = 3;
@@ -122,7 +129,7 @@ var _ encoding.CodecV2 = rawCodec{}
 
 func compileShop(t testing.TB) (*descriptorpb.FileDescriptorSet, *protoregistry.Files) {
 	t.Helper()
-	c := protocompile.Compiler{Resolver: protocompile.WithStandardImports(&protocompile.SourceResolver{
+	c := protocompile.Compiler{SourceInfoMode: protocompile.SourceInfoStandard, Resolver: protocompile.WithStandardImports(&protocompile.SourceResolver{
 		Accessor: protocompile.SourceAccessorFromMap(map[string]string{"shop.proto": shop}),
 	})}
 	out, err := c.Compile(context.Background(), "shop.proto")
@@ -142,7 +149,7 @@ func compileShop(t testing.TB) (*descriptorpb.FileDescriptorSet, *protoregistry.
 		if err := files.RegisterFile(fd); err != nil {
 			t.Fatal(err)
 		}
-		fds.File = append(fds.File, protodesc.ToFileDescriptorProto(fd))
+		fds.File = append(fds.File, protoutil.ProtoFromFileDescriptor(fd))
 	}
 	add(out[0])
 	return fds, files

@@ -14,6 +14,7 @@ want pkg-config pkg-config
 want protoc protobuf-compiler
 want curl curl
 want npm npm # webhook payloads to test with
+want chromium chromium # a page calls a deployed service
 want ip iproute2
 want certutil libnss3-tools # m3o trust writes browsers' stores
 [ -e /etc/ssl/certs/ca-certificates.crt ] || missing+=(ca-certificates)
