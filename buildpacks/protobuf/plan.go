@@ -2,7 +2,6 @@ package protobuf
 
 import (
 	"cmp"
-	"io/fs"
 	"path"
 	"slices"
 	"strings"
@@ -240,38 +239,4 @@ func request(set *descriptorpb.FileDescriptorSet, parameter string, names []stri
 		req.ProtoFile = append(req.ProtoFile, f)
 	}
 	return req
-}
-
-// Files are the files of a plugin's response by name, relative to Run.Out. A
-// fault that the plugin reports, a name that leads elsewhere and an insertion
-// point are errors of kind Invalid.
-func Files(resp *pluginpb.CodeGeneratorResponse) (map[string][]byte, error) {
-	if resp.Error != nil {
-		return nil, invalid("", "the plugin says: %s", short(resp.GetError()))
-	}
-	files := map[string][]byte{}
-	last := ""
-	for _, f := range resp.GetFile() {
-		name := f.GetName()
-		if f.GetInsertionPoint() != "" {
-			return nil, invalid("use a plugin that writes whole files",
-				"the plugin inserts into %q at %q; insertion points are not supported", short(name), short(f.GetInsertionPoint()))
-		}
-		if name == "" { // more of the file before it
-			if last == "" {
-				return nil, invalid("", "the plugin's first file has no name")
-			}
-			files[last] = append(files[last], f.GetContent()...)
-			continue
-		}
-		if !fs.ValidPath(name) || name == "." || strings.ContainsAny(name, "\\\x00") {
-			return nil, invalid("", "the plugin writes to %q, which is not a path below its folder", short(name))
-		}
-		if _, ok := files[name]; ok {
-			return nil, invalid("", "the plugin writes %q twice", short(name))
-		}
-		files[name] = []byte(f.GetContent())
-		last = name
-	}
-	return files, nil
 }

@@ -5,7 +5,6 @@ import (
 	"compress/gzip"
 	"fmt"
 	"io/fs"
-	"maps"
 	"os"
 	"os/exec"
 	"path"
@@ -84,13 +83,12 @@ func generate(t testing.TB, r *Result, g Generate, fsys fstest.MapFS) []string {
 		if err := proto.Unmarshal(out, resp); err != nil {
 			t.Fatal(err)
 		}
-		files, err := Files(resp)
-		if err != nil {
-			t.Fatal(err)
+		if resp.Error != nil {
+			t.Fatalf("%s: %s", run.Plugin.Name, resp.GetError())
 		}
-		for n, b := range files {
-			p := path.Join(run.Out, n)
-			fsys[p] = &fstest.MapFile{Data: b}
+		for _, f := range resp.GetFile() {
+			p := path.Join(run.Out, f.GetName())
+			fsys[p] = &fstest.MapFile{Data: []byte(f.GetContent())}
 			written = append(written, p)
 		}
 	}
@@ -641,39 +639,6 @@ func FuzzRawDescriptor(f *testing.F) {
 		}
 		sourceOf(src)
 	})
-}
-
-func TestFilesOfAPlugin(t *testing.T) {
-	file := func(name, content string) *pluginpb.CodeGeneratorResponse_File {
-		f := &pluginpb.CodeGeneratorResponse_File{Content: proto.String(content)}
-		if name != "" {
-			f.Name = proto.String(name)
-		}
-		return f
-	}
-	got, err := Files(&pluginpb.CodeGeneratorResponse{File: []*pluginpb.CodeGeneratorResponse_File{file("a/b.go", "1"), file("", "2"), file("c.go", "")}})
-	if err != nil || string(got["a/b.go"]) != "12" || len(got) != 2 {
-		t.Errorf("%q, %v", slices.Collect(maps.Values(got)), err)
-	}
-	point := file("a.go", "x")
-	point.InsertionPoint = proto.String("imports")
-	for name, resp := range map[string]*pluginpb.CodeGeneratorResponse{
-		"leads out":       {File: []*pluginpb.CodeGeneratorResponse_File{file("../a.go", "")}},
-		"inside leads":    {File: []*pluginpb.CodeGeneratorResponse_File{file("a/../../b.go", "")}},
-		"absolute":        {File: []*pluginpb.CodeGeneratorResponse_File{file("/etc/passwd", "")}},
-		"backslash":       {File: []*pluginpb.CodeGeneratorResponse_File{file(`..\a.go`, "")}},
-		"the folder":      {File: []*pluginpb.CodeGeneratorResponse_File{file(".", "")}},
-		"twice":           {File: []*pluginpb.CodeGeneratorResponse_File{file("a.go", ""), file("a.go", "")}},
-		"no name":         {File: []*pluginpb.CodeGeneratorResponse_File{file("", "x")}},
-		"insertion point": {File: []*pluginpb.CodeGeneratorResponse_File{point}},
-		"its own error":   {Error: proto.String("x.proto: no")},
-	} {
-		if _, err := Files(resp); err == nil {
-			t.Errorf("%s: no error", name)
-		} else {
-			wantInvalid(t, err, "the plugin")
-		}
-	}
 }
 
 func TestRequestHoldsWhatThePluginNeeds(t *testing.T) {
