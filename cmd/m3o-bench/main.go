@@ -50,6 +50,7 @@ var measurements = []measurement{
 	{"memory", "Memory", (*bench).memory}, // first: a fresh daemon, and then one with apps
 	{"change", "A one-line change, warm", (*bench).change},
 	{"unchanged", "A push that changes nothing", (*bench).unchanged},
+	{"protobuf", "Generated code", (*bench).protobuf},
 	{"rollback", "Rollback", (*bench).rollback},
 	{"history", "Full history and one commit, against OpenSSH", (*bench).history},
 }
