@@ -1,12 +1,14 @@
 package daemon
 
 import (
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"os"
 	"path"
 	"path/filepath"
@@ -23,6 +25,7 @@ import (
 	"github.com/m3o/m3o/buildpacks/protobuf"
 	"github.com/m3o/m3o/buildpacks/source"
 	"github.com/m3o/m3o/internal/atomicfile"
+	"github.com/m3o/m3o/router"
 )
 
 // allowBreaking is the push option that lets a breaking change through once.
@@ -153,22 +156,68 @@ func (d *Daemon) gate(ctx context.Context, src m3o.Source, plan *buildpacks.Plan
 	if len(changes) == 0 {
 		return string(p), nil, nil
 	}
+	used := d.calls(ctx, src.App)
+	var told []string
 	for _, c := range changes {
 		if at := res.Sources.Path(c.File); !c.Old || exists(res.Sources.Tree, at) {
 			c.File = at
 		}
 		breaks = append(breaks, c.String())
+		told = append(told, c.String())
+		if u := usage(used, c.Methods); u != "" {
+			told = append(told, "  "+u)
+		}
 	}
 	what := count(len(changes), "breaking change") + " of the API of " + live.Name()
 	if !slices.Contains(src.Options, allowBreaking) {
-		return "", nil, &m3o.Error{Kind: m3o.Invalid, Msg: strings.Join(append(firstOf(breaks, 20), what+"; nothing was built"), "\n"),
+		return "", nil, &m3o.Error{Kind: m3o.Invalid, Msg: strings.Join(append(firstOf(told, 40), what+"; nothing was built"), "\n"),
 			Hint: "keep what callers use and add beside it, or push with -o " + allowBreaking}
 	}
 	out.warn("%s, allowed by -o %s:", what, allowBreaking)
-	for _, b := range firstOf(breaks, 20) {
-		out.line("%s", b)
+	for _, l := range firstOf(told, 40) {
+		out.line("%s", l)
 	}
 	return string(p), firstOf(breaks, 100), nil
+}
+
+// requests counts an app's requests; the router does.
+type requests interface {
+	Requests(ctx context.Context, app string, window time.Duration) (router.Stats, error)
+}
+
+var _ requests = router.Client{}
+
+// calls are the app's calls since the router started. They only explain, so a
+// router that does not answer is no fault.
+func (d *Daemon) calls(ctx context.Context, app string) []router.Series {
+	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
+	defer cancel()
+	st, err := requests(d.router).Requests(ctx, app, 0)
+	if err != nil {
+		d.log.Debug("ask who called", "app", app, "err", err)
+	}
+	return st.Series
+}
+
+// usage says who made the calls of methods, "" when nobody did.
+func usage(calls []router.Series, methods []string) string {
+	by := map[string]int64{}
+	var total int64
+	for _, c := range calls {
+		if slices.Contains(methods, c.RPC) {
+			by[cmp.Or(c.Caller, "unknown callers")] += c.Count
+			total += c.Count
+		}
+	}
+	if total == 0 {
+		return ""
+	}
+	names := slices.SortedFunc(maps.Keys(by), func(a, b string) int { return cmp.Or(cmp.Compare(by[b], by[a]), cmp.Compare(a, b)) })
+	var who []string
+	for _, n := range names {
+		who = append(who, fmt.Sprintf("%s %d", n, by[n]))
+	}
+	return fmt.Sprintf("used lately by %s: %s", count(int(total), "call"), strings.Join(firstOf(who, 5), ", "))
 }
 
 func exists(tree fs.FS, name string) bool {

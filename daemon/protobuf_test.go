@@ -10,6 +10,7 @@ import (
 	"google.golang.org/protobuf/types/descriptorpb"
 
 	"github.com/m3o/m3o"
+	"github.com/m3o/m3o/router"
 )
 
 func TestDescriptorsGoWithTheLastReleaseThatUsesThem(t *testing.T) {
@@ -99,6 +100,26 @@ func TestUnionOfDescriptors(t *testing.T) {
 		}
 		if len(got) != len(c.want) || got[0] != c.want[0] || got[len(got)-1] != c.want[len(c.want)-1] {
 			t.Errorf("%s: %v, want %v", name, got, c.want)
+		}
+	}
+}
+
+func TestUsageOfMethods(t *testing.T) {
+	call := func(rpc, caller string, n int64) router.Series {
+		return router.Series{SeriesKey: router.SeriesKey{RPC: rpc, Caller: caller}, Count: n}
+	}
+	calls := []router.Series{call("/a.S/Get", "ada", 3), call("/a.S/Get", "", 2), call("/a.S/Put", "ada", 4), call("/a.S/Put", "joe", 1), call("", "joe", 9)}
+	for _, c := range []struct {
+		methods []string
+		want    string
+	}{
+		{nil, ""},
+		{[]string{"/a.S/List"}, ""},
+		{[]string{"/a.S/Get"}, "used lately by 5 calls: ada 3, unknown callers 2"},
+		{[]string{"/a.S/Get", "/a.S/Put"}, "used lately by 10 calls: ada 7, unknown callers 2, joe 1"},
+	} {
+		if got := usage(calls, c.methods); got != c.want {
+			t.Errorf("usage of %v = %q, want %q", c.methods, got, c.want)
 		}
 	}
 }

@@ -133,15 +133,17 @@ func TestBreakingChangeIsRefused(t *testing.T) {
 	dir := p.clone(t, "proto-only", "contract")
 	const proto = "proto/notes/v1/notes.proto"
 	p.mustPush(t, dir, []string{"Released v1"})
+	p.post(t, "contract", "/notes.v1.Notes/Add", `{"text":"a"}`)
 	refs := p.must(t, dir, "git", "ls-remote", "m3o")
 
 	p.edit(t, dir, proto, "int32 count = 2;", "int32 count = 7;")
 	brokenPush(t, p, dir, `proto/notes/v1/notes\.proto:24:17: notes\.v1\.AddResponse\.count: the field was renumbered from 2 to 7 \(FIELD_NO_DELETE_UNLESS_NUMBER_RESERVED\)\s+`+
+		`remote:  !       used lately by 1 call: unknown callers 1\s+`+
 		`remote:  !     1 breaking change of the API of v1; nothing was built\s+remote:  !     .*-o allow-breaking`, refs)
 	if out, _ := p.push(dir); strings.Contains(out, "-----> Building") || !strings.Contains(out, "-o allow-breaking") {
 		t.Errorf("the refused push built, or does not say how to go on:\n%s", out)
 	}
-	if got := p.post(t, "contract", "/notes.v1.Notes/Add", `{"text":"a"}`); !strings.Contains(got, `"count":1`) {
+	if got := p.post(t, "contract", "/notes.v1.Notes/Add", `{"text":"a"}`); !strings.Contains(got, `"count":2`) {
 		t.Errorf("after a refused push the app answers %s", got)
 	}
 	p.mustPush(t, dir, []string{`1 breaking change of the API of v1, allowed by -o allow-breaking`, `notes\.v1\.AddResponse`, "Released v2"}, "-o", "allow-breaking")
