@@ -54,6 +54,7 @@ const (
 	ProcessesWrite Verb = "processes.write" // app: scale, restart, run
 	ConfigRead     Verb = "config.read"     // app
 	ConfigWrite    Verb = "config.write"    // app
+	DomainsWrite   Verb = "domains.write"   // app
 	LogsRead       Verb = "logs.read"       // app
 	AccessRead     Verb = "access.read"     // app: who has which role
 	AccessWrite    Verb = "access.write"    // app
@@ -87,6 +88,7 @@ var policies = map[Verb]policy{
 	ProcessesWrite: {role: Deployer, changes: true},
 	ConfigRead:     {role: Deployer},
 	ConfigWrite:    {role: Deployer, changes: true},
+	DomainsWrite:   {role: Deployer, changes: true},
 	LogsRead:       {role: Viewer},
 	AccessRead:     {role: Viewer},
 	AccessWrite:    {role: Owner, changes: true},

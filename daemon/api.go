@@ -53,6 +53,16 @@ var permissions = map[string]auth.Verb{
 	m3ov1connect.SchedulesResumeProcedure:  auth.SchedulesWrite,
 	m3ov1connect.SchedulesRemoveProcedure:  auth.SchedulesWrite,
 	m3ov1connect.SchedulesHistoryProcedure: auth.LogsRead,
+
+	m3ov1connect.DomainsListProcedure:        auth.AppsRead,
+	m3ov1connect.DomainsAddProcedure:         auth.DomainsWrite,
+	m3ov1connect.DomainsRemoveProcedure:      auth.DomainsWrite,
+	m3ov1connect.DomainsCheckProcedure:       auth.AppsRead,
+	m3ov1connect.CertificatesListProcedure:   auth.AppsRead,
+	m3ov1connect.CertificatesAddProcedure:    auth.DomainsWrite,
+	m3ov1connect.CertificatesRemoveProcedure: auth.DomainsWrite,
+	m3ov1connect.TrafficGetProcedure:         auth.AppsRead,
+	m3ov1connect.TrafficSetProcedure:         auth.ProcessesWrite,
 }
 
 // apiHandler serves the control plane's procedures, each behind its permission.
@@ -66,6 +76,9 @@ func (d *Daemon) apiHandler() http.Handler {
 	mux.Handle(m3ov1connect.NewBuildsHandler(buildsAPI{d}, opts...))
 	mux.Handle(m3ov1connect.NewConfigHandler(configAPI{d}, opts...))
 	mux.Handle(m3ov1connect.NewProcessesHandler(processesAPI{d}, opts...))
+	mux.Handle(m3ov1connect.NewDomainsHandler(domainsAPI{d}, opts...))
+	mux.Handle(m3ov1connect.NewCertificatesHandler(certsAPI{d}, opts...))
+	mux.Handle(m3ov1connect.NewTrafficHandler(trafficAPI{d}, opts...))
 	mux.Handle(m3ov1connect.NewServerHandler(serverAPI{d}, opts...))
 	mux.Handle(m3ov1connect.NewSchedulesHandler(schedulesAPI{d}, opts...))
 	mux.HandleFunc("GET /-/health", func(w http.ResponseWriter, _ *http.Request) { _, _ = w.Write([]byte("ok\n")) })

@@ -100,6 +100,9 @@ func (d *Daemon) destroyApp(ctx context.Context, app string) error {
 	if err := d.auth.RemoveApp(ctx, app); err != nil {
 		return err
 	}
+	if err := errors.Join(d.dropCerts(ctx, app), d.dropHosting(ctx, app)); err != nil {
+		return err
+	}
 	if err := d.ledger.DestroyApp(ctx, app); err != nil {
 		return err
 	}

@@ -41,6 +41,12 @@ type Config struct {
 	StopApps     bool          // stop the router and every instance when the daemon stops
 	Drain        time.Duration // how long requests of an old release may go on after a switch
 	LogLevel     string        // debug, info, warn or error
+
+	ACMEEmail  string // who gets mail about certificates; setting it agrees to the CA's terms
+	ACMECA     string // directory URL of the CA; Let's Encrypt when empty
+	ACMEDNS    string // file that says how to set DNS records of Domain, for its wildcard certificate
+	ACMETrust  string // PEM file of what the CA's own certificate is checked by; default the system's
+	DNSServers string // host:port,…: asked about domains instead of the system's
 }
 
 // option ties one field of Config to its flag, variable and key.
@@ -100,6 +106,11 @@ var options = []option{
 	str("bin", "directory of buildkitd, runc and m3o-shim", func(c *Config) *string { return &c.Bin }),
 	boolean("stop-apps", "stop the router and every app when the daemon stops", func(c *Config) *bool { return &c.StopApps }),
 	dur("drain", "how long requests of an old release may go on after a switch", func(c *Config) *time.Duration { return &c.Drain }),
+	str("acme-email", "get certificates by ACME; the CA writes here, and its terms are agreed to (default: the internal CA only)", func(c *Config) *string { return &c.ACMEEmail }),
+	str("acme-ca", "directory URL of the ACME CA (default Let's Encrypt)", func(c *Config) *string { return &c.ACMECA }),
+	str("acme-dns", "file that says how to set DNS records of the domain, for a wildcard certificate", func(c *Config) *string { return &c.ACMEDNS }),
+	str("acme-trust", "PEM file of certificates to trust the ACME CA by (default: the system's)", func(c *Config) *string { return &c.ACMETrust }),
+	str("dns-servers", "host:port,… asked about domains (default: the system's)", func(c *Config) *string { return &c.DNSServers }),
 	str("log-level", "debug, info, warn or error", func(c *Config) *string { return &c.LogLevel }),
 }
 
@@ -274,6 +285,23 @@ func (c *Config) Validate() error {
 	if !slices.Contains([]string{"oci", "process"}, c.Runtime) {
 		bad("runtime: %q is neither oci nor process", c.Runtime)
 	}
+	if c.ACMECA != "" && !strings.HasPrefix(c.ACMECA, "https://") {
+		bad("acme-ca: %q is no https:// URL", c.ACMECA)
+	}
+	if c.ACMEEmail != "" && (!strings.Contains(c.ACMEEmail, "@") || strings.ContainsAny(c.ACMEEmail, " ,<>")) {
+		bad("acme-email: %q is no address", c.ACMEEmail)
+	}
+	if c.ACME() && c.Local() {
+		bad("acme-email, acme-ca: no CA issues for %s; the internal one does", c.Domain)
+	}
+	if c.ACMEDNS != "" && !c.ACME() {
+		bad("acme-dns: needs acme-email or acme-ca")
+	}
+	for _, s := range c.resolvers() {
+		if _, port, err := net.SplitHostPort(s); err != nil || port == "" {
+			bad("dns-servers: %q is not host:port", s)
+		}
+	}
 	if !slices.Contains([]string{"debug", "info", "warn", "error"}, c.LogLevel) {
 		bad("log-level: %q is none of debug, info, warn, error", c.LogLevel)
 	}
@@ -281,6 +309,14 @@ func (c *Config) Validate() error {
 		return &m3o.Error{Kind: m3o.Invalid, Msg: "configuration: " + strings.Join(faults, "; "), Hint: "m3od --help lists the settings"}
 	}
 	return nil
+}
+
+// ACME reports whether certificates come from an ACME CA.
+func (c *Config) ACME() bool { return c.ACMEEmail != "" || c.ACMECA != "" }
+
+// resolvers are the name servers to ask, none for the system's.
+func (c *Config) resolvers() []string {
+	return strings.FieldsFunc(c.DNSServers, func(r rune) bool { return r == ',' || r == ' ' })
 }
 
 // Local reports whether the domain is localhost: certificates come from the

@@ -19,6 +19,7 @@ import (
 	"github.com/m3o/m3o"
 	"github.com/m3o/m3o/auth"
 	"github.com/m3o/m3o/buildpacks/source"
+	"github.com/m3o/m3o/certs"
 	"github.com/m3o/m3o/config"
 	"github.com/m3o/m3o/gitserver"
 	"github.com/m3o/m3o/internal/run"
@@ -47,8 +48,13 @@ type Daemon struct {
 	git     *gitserver.Server
 	router  router.Client
 	routes  *routes
-	trees   source.Cache
-	lanes   lanes
+	hosting hosting
+	certs   *certs.Manager // nil without ACME
+
+	ownCerts  *store.Bucket[ownCert]
+	domainsMu sync.Mutex // orders changes of domains
+	trees     source.Cache
+	lanes     lanes
 
 	schedules *schedules
 
@@ -99,6 +105,9 @@ func New(ctx context.Context, cfg Config, version string, log *slog.Logger) (_ *
 	if d.ledger, err = release.Open(ctx, d.store, log); err != nil {
 		return nil, fmt.Errorf("open ledger: %w", err)
 	}
+	if d.hosting, err = openHosting(ctx, d.store); err != nil {
+		return nil, err
+	}
 	if err := d.firstStart(ctx); err != nil {
 		return nil, err
 	}
@@ -107,6 +116,9 @@ func New(ctx context.Context, cfg Config, version string, log *slog.Logger) (_ *
 	}
 	d.router = router.Client{Socket: d.controlSocket()}
 	d.routes = newRoutes(cfg.Domain, "unix:"+d.apiSocket(), d.router, log)
+	if err := d.openCerts(ctx); err != nil {
+		return nil, err
+	}
 	if err := os.Remove(d.apiSocket()); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return nil, fmt.Errorf("remove stale API socket: %w", err)
 	}
@@ -159,6 +171,7 @@ func (d *Daemon) Run(ctx context.Context, ready func(Ready)) error {
 	})
 	s.Add("router watch", d.watchRouter)
 	s.Add("routes", d.routes.run)
+	s.Add("certificates", d.runCerts)
 	s.Add("runtime", d.driver.Serve)
 	s.Add("instances", func(ctx context.Context) error { return d.routes.follow(ctx, d.driver) })
 	s.Add("builder", d.builder.Run)
@@ -181,6 +194,9 @@ func (d *Daemon) Run(ctx context.Context, ready func(Ready)) error {
 	s.Add("git server", func(ctx context.Context) error {
 		// Everything below runs by now: settle what a crash left, then take pushes.
 		if err := d.recover(ctx); err != nil {
+			return err
+		}
+		if err := d.loadHosting(ctx); err != nil {
 			return err
 		}
 		apps := d.settle(ctx)

@@ -52,7 +52,7 @@ func RunRouter(ctx context.Context, cfg Config, version string, log *slog.Logger
 		return err
 	}
 	r, err := router.New(router.Config{HTTP: http, HTTPS: https, Control: control, State: cfg.path("router", "table.json"),
-		CA: cfg.path("ca"), Gateway: gateway.New(gateway.Config{Log: log}), Version: version, Log: log})
+		CA: cfg.path("ca"), Certs: cfg.path("router", "certs"), OnDemand: cfg.ACME(), Gateway: gateway.New(gateway.Config{Log: log}), Version: version, Log: log})
 	if err != nil {
 		return err
 	}
@@ -116,7 +116,11 @@ func (d *Daemon) spawnRouter(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("find own binary: %w", err)
 	}
-	cmd := exec.Command(exe, "router", "--data", d.cfg.Data, "--domain", d.cfg.Domain, "--log-level", d.cfg.LogLevel)
+	args := []string{"router", "--data", d.cfg.Data, "--domain", d.cfg.Domain, "--log-level", d.cfg.LogLevel}
+	if d.cfg.ACME() {
+		args = append(args, "--acme-email", d.cfg.ACMEEmail, "--acme-ca", d.cfg.ACMECA)
+	}
+	cmd := exec.Command(exe, args...)
 	cmd.ExtraFiles, cmd.Stdout, cmd.Stderr = files, logFile, logFile
 	// A session of its own: neither Ctrl-C in the daemon's terminal nor the
 	// daemon's end reaches the router.
@@ -197,6 +201,7 @@ func (d *Daemon) watchRouter(ctx context.Context) error {
 		}
 		misses = 0
 		d.routes.refresh()
+		d.syncCerts(ctx)
 	}
 }
 

@@ -8,6 +8,7 @@ import (
 	"maps"
 	"reflect"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -139,6 +140,25 @@ func (r *routes) destroy(app string) {
 	delete(r.hosts, app)
 	delete(r.modes, app)
 	r.touch(app)
+}
+
+// loadMode is setMode without waiting for the router, for a daemon that starts.
+func (r *routes) loadMode(app string, m mode) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.modes[app] = m
+	r.touch(app)
+}
+
+// has says that <label>.<domain> is a host of an app.
+func (r *routes) has(label string) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.live[label] != 0 {
+		return true
+	}
+	v, app, ok := strings.Cut(label, "--")
+	return ok && slices.ContainsFunc(r.kept[app], func(n int) bool { return v == fmt.Sprintf("v%d", n) })
 }
 
 // setMode changes what an operator set app to, and returns once the router

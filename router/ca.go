@@ -17,7 +17,6 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
-	"sync"
 	"time"
 
 	"github.com/m3o/m3o"
@@ -172,63 +171,6 @@ func (ca *CA) Leaf(name string) (*tls.Certificate, error) {
 	return &tls.Certificate{Certificate: [][]byte{der, ca.cert.Raw}, PrivateKey: key, Leaf: leaf}, nil
 }
 
-// strangers is how many certificates are kept for names that no host has.
-const strangers = 1024
-
-// certs makes leaf certificates on demand and keeps them.
-type certs struct {
-	ca *CA
-	rt *Router
-
-	mu    sync.RWMutex // guards names
-	names map[string]*tls.Certificate
-}
-
-// get is a tls.Config's GetCertificate. It serves the names of the table and,
-// so that a mistyped one gets a page and not a browser's warning, those one
-// label under the domain; no name at all gets the domain's.
-func (c *certs) get(hello *tls.ClientHelloInfo) (*tls.Certificate, error) {
-	l := c.rt.live.Load()
-	if l == nil {
-		return nil, errors.New("no table yet")
-	}
-	name := hostOf(hello.ServerName)
-	if name == "" {
-		name = l.domain
-	}
-	c.mu.RLock()
-	cert := c.names[name]
-	c.mu.RUnlock()
-	if cert != nil && time.Now().Before(renewAt(cert.Leaf)) {
-		return cert, nil
-	}
-	known := l.find(name) != nil
-	label, under := strings.CutSuffix(name, "."+l.domain)
-	if !known && name != l.domain && (!under || strings.Contains(label, ".")) {
-		return nil, fmt.Errorf("no host %q", name)
-	}
-	cert, err := c.ca.Leaf(name)
-	if err != nil {
-		return nil, err
-	}
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.names == nil || len(c.names) >= l.hosts.n+strangers {
-		c.names = map[string]*tls.Certificate{} // strangers are cheap to make again
-	}
-	c.names[name] = cert
-	return cert, nil
-}
-
 func renewAt(leaf *x509.Certificate) time.Time {
 	return leaf.NotBefore.Add(leaf.NotAfter.Sub(leaf.NotBefore) * 2 / 3)
-}
-
-// forget drops the certificates of hosts the table lost.
-func (c *certs) forget(l *live, removed []string) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	for _, name := range removed {
-		delete(c.names, name)
-	}
 }

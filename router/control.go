@@ -111,6 +111,7 @@ func (rt *Router) controlServer(ctx context.Context) *http.Server {
 		rt.FailWake(r.URL.Query().Get("app"), &m3o.Error{Kind: m3o.Unavailable, Msg: f.Msg, Hint: f.Hint})
 		return struct{}{}, nil
 	})
+	rt.certControl(handle)
 	handle("GET /status", func(*http.Request) (any, error) { return rt.Status(), nil })
 	return &http.Server{
 		Handler:           onlySelf(mux),

@@ -44,6 +44,9 @@ func (rt *Router) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		problem{code: http.StatusMisdirectedRequest, grpc: grpcUnavailable, msg: "this connection was opened for another host", hint: "open a new one"}.write(w, r)
 		return
 	}
+	if strings.HasPrefix(r.URL.Path, challengePath) && rt.answerChallenge(w, r, name) {
+		return
+	}
 	l := rt.live.Load()
 	if l == nil {
 		problem{code: http.StatusServiceUnavailable, grpc: grpcUnavailable, msg: "the router has no table yet", hint: "start m3od, then try again"}.write(w, r)
@@ -59,10 +62,10 @@ func (rt *Router) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	if q.host.Redirect != "" {
-		rt.redirect(w, r, q.host.Redirect, r.TLS != nil || rt.redirects(l))
+		rt.redirect(w, r, q.host.Redirect, r.TLS != nil || rt.redirects(l, q.host.Redirect))
 		return
 	}
-	if r.TLS == nil && rt.redirects(l) {
+	if r.TLS == nil && rt.redirects(l, name) {
 		rt.redirect(w, r, name, true)
 		return
 	}
@@ -178,7 +181,8 @@ func (rt *Router) notFound(w http.ResponseWriter, r *http.Request, l *live, name
 	p.write(w, r)
 }
 
-func (rt *Router) redirects(l *live) bool {
+// redirects says whether name is served over TLS only.
+func (rt *Router) redirects(l *live, name string) bool {
 	switch rt.cfg.Plain {
 	case PlainServe:
 		return false
@@ -186,7 +190,14 @@ func (rt *Router) redirects(l *live) bool {
 		return true
 	}
 	d := l.domain
-	return rt.cfg.HTTPS != nil && d != "localhost" && !strings.HasSuffix(d, ".localhost")
+	switch {
+	case rt.cfg.HTTPS == nil || d == "localhost" || strings.HasSuffix(d, ".localhost"):
+		return false
+	case name == d || strings.HasSuffix(name, "."+d):
+		return true
+	}
+	// A domain of the app's own: not before there is a certificate to go to.
+	return rt.certs != nil && rt.certs.has(name)
 }
 
 // redirect sends the client to name, with the same path and query.

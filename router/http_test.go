@@ -417,7 +417,7 @@ func TestRedirectToHTTPS(t *testing.T) {
 	}
 	auto := &Router{cfg: Config{HTTPS: listen(t)}}
 	for domain, want := range map[string]bool{"localhost": false, "dev.localhost": false, "example.org": true} {
-		if got := auto.redirects(&live{domain: domain}); got != want {
+		if got := auto.redirects(&live{domain: domain}, "one."+domain); got != want {
 			t.Errorf("redirects on %s: %v", domain, got)
 		}
 	}

@@ -173,6 +173,10 @@ func (l *tlsListener) handshake(ctx context.Context, raw net.Conn) {
 		_ = raw.Close()
 		return
 	}
+	if tc.ConnectionState().NegotiatedProtocol == alpnProto {
+		_ = tc.Close() // the handshake was all the CA wanted to see
+		return
+	}
 	var c net.Conn = tc
 	if tc.ConnectionState().NegotiatedProtocol != "h2" {
 		g := newGuard(tc, l.lim)

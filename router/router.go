@@ -63,6 +63,8 @@ type Config struct {
 	Control     net.Listener // the daemon's unix socket; nil for none; Run closes it
 	State       string       // file of the last good table; its directory must exist
 	CA          string       // directory of the internal CA (NewCA); needed with HTTPS
+	Certs       string       // directory of installed certificates; "" keeps them in memory only
+	OnDemand    bool         // a host without a certificate is told by Wanted before the internal CA signs for it
 	Gateway     Gateway      // nil: JSON for gRPC apps is answered 501
 	Plain       Plain
 	Version     string       // of this binary, for Status
@@ -87,6 +89,7 @@ type Limits struct {
 	Grace           time.Duration // for what is in flight when Run ends; 30 s
 	Hold            time.Duration // of a request to a paused app; 30 s
 	Held            int           // requests held for one paused app; 1,000
+	CertWait        time.Duration // of a handshake for a certificate that is being issued; 10 s
 }
 
 type limits = Limits
@@ -109,6 +112,7 @@ func (l Limits) withDefaults() *limits {
 	num(&l.IdlePerEndpoint, 256)
 	num(&l.Held, 1000)
 	set(&l.Hold, 30*time.Second)
+	set(&l.CertWait, 10*time.Second)
 	set(&l.HeaderRead, 20*time.Second)
 	set(&l.Idle, 2*time.Minute)
 	set(&l.BodyIdle, time.Minute)
@@ -158,7 +162,9 @@ func New(cfg Config) (*Router, error) {
 		if err != nil {
 			return nil, err
 		}
-		rt.certs = &certs{ca: ca, rt: rt}
+		if rt.certs, err = openCerts(rt, ca); err != nil {
+			return nil, err
+		}
 	}
 	if cfg.Control != nil && cfg.Control.Addr().Network() == "unix" {
 		if err := os.Chmod(cfg.Control.Addr().String(), 0o600); err != nil {
@@ -261,7 +267,7 @@ func (rt *Router) swap(old *live, domain string, set []Host, remove []string) st
 	}
 	rt.forgetIdle()
 	if rt.certs != nil {
-		rt.certs.forget(l, remove)
+		rt.certs.forget(remove)
 	}
 	return l.sum.String()
 }
@@ -416,7 +422,7 @@ func (rt *Router) Run(ctx context.Context) error {
 	}
 	if rt.cfg.HTTPS != nil {
 		ln := newTLSListener(rt.cfg.HTTPS, gate, rt.limits, &tls.Config{
-			GetCertificate: rt.certs.get, NextProtos: []string{"h2", "http/1.1"}, MinVersion: tls.VersionTLS12,
+			GetCertificate: rt.certs.get, NextProtos: []string{"h2", "http/1.1", alpnProto}, MinVersion: tls.VersionTLS12,
 		}, rt.log)
 		lns = append(lns, ln)
 		start("accept https", ln.run)

@@ -148,6 +148,9 @@ type client struct {
 	processes m3ov1connect.ProcessesClient
 	server    m3ov1connect.ServerClient
 	schedules m3ov1connect.SchedulesClient
+	domains   m3ov1connect.DomainsClient
+	certs     m3ov1connect.CertificatesClient
+	traffic   m3ov1connect.TrafficClient
 }
 
 // connect is a client of the server that the environment or login names.
@@ -203,6 +206,9 @@ func clientWith(t target, conf *tls.Config) *client {
 		processes: m3ov1connect.NewProcessesClient(h, base, opts...),
 		server:    m3ov1connect.NewServerClient(h, base, opts...),
 		schedules: m3ov1connect.NewSchedulesClient(h, base, opts...),
+		domains:   m3ov1connect.NewDomainsClient(h, base, opts...),
+		certs:     m3ov1connect.NewCertificatesClient(h, base, opts...),
+		traffic:   m3ov1connect.NewTrafficClient(h, base, opts...),
 	}
 }
 

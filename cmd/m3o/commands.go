@@ -119,5 +119,5 @@ history. One newline at the end is left out. With --secret the values of this co
 		{name: "update", hidden: true, max: -1, run: instead("there is no update: a push is one", "git push m3o main")},
 		{name: "deploy", hidden: true, max: -1, run: instead("there is no deploy: a push is one", "git push m3o main")},
 		{name: "__complete", hidden: true, max: -1, run: runComplete},
-	}, scheduleCommands())
+	}, scheduleCommands(), domainsCommands())
 }
