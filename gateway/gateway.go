@@ -134,6 +134,8 @@ func (g *Gateway) serve(w http.ResponseWriter, r *http.Request, t *target, up ht
 	d, framed := dialectOf(ct)
 	var err error
 	switch {
+	case isWebSocket(r):
+		err = g.serveWebSocket(w, r, t, up)
 	case framed && r.Method == http.MethodPost:
 		path := t.path
 		var m *method

@@ -198,6 +198,17 @@ func app(t testing.TB, reflect bool) (addr string, fds *descriptorpb.FileDescrip
 				return status.Error(codes.NotFound, n)
 			}
 			return nil
+		case "/shop.v1.Helloworld/Chat":
+			for {
+				if err := s.SendMsg(&b); err != nil {
+					return err
+				}
+				if err := s.RecvMsg(&b); errors.Is(err, io.EOF) {
+					return nil
+				} else if err != nil {
+					return err
+				}
+			}
 		case "/shop.v1.Helloworld/Slow":
 			<-s.Context().Done()
 			return status.FromContextError(s.Context().Err()).Err()
@@ -366,6 +377,8 @@ func TestCalls(t *testing.T) {
 		{request{path: "/api/helloworld/Call?name=a&count=4&ok=true&color=GREEN&words=x&words=y&item[name]=n&item.price=1.5&counts[k]=9&numbers[]=1&numbers[]=2&at=2020-01-02T03:04:05Z&took=1.5s&maybe=m&mask=a,b&raw=aGk&unknown=1&big=9007199254740993", method: "GET"},
 			`{"name":"a","count":4,"ok":true,"color":"GREEN","words":["x","y"],"item":{"name":"n","price":1.5},"counts":{"k":"9"},"numbers":[1,2],"at":"2020-01-02T03:04:05Z","took":"1.500s","maybe":"m","mask":"a,b","raw":"aGk=","big":"9007199254740993"}`},
 		{request{path: "/api/helloworld/greet", body: "name=Ada+L&count=2", header: form}, `{"name":"Ada L","count":2}`},
+		{request{path: "/api/helloworld/greet?count=2", body: "--b\r\nContent-Disposition: form-data; name=\"name\"\r\n\r\nAda\r\n--b\r\nContent-Disposition: form-data; name=\"raw\"; filename=\"f\"\r\n\r\n\x00\xff\r\n--b--\r\n",
+			header: http.Header{"Content-Type": {"multipart/form-data; boundary=b"}}}, `{"name":"Ada","count":2,"raw":"AP8="}`},
 		{request{path: "/api/helloworld/greet", body: ` {"name":"curl -d"}`, header: form}, `{"name":"curl -d"}`},
 		{request{path: "/api/helloworld/greet?count=1", body: `{"name":"no type"}`, header: http.Header{}}, `{"name":"no type","count":1}`},
 		{request{path: "/api/helloworld/greet?count=1&name=q", body: `{"name":"body wins"}`, header: asJSON()}, `{"name":"body wins","count":1}`},
@@ -409,7 +422,8 @@ func TestErrors(t *testing.T) {
 		"bad query":           {request{path: "/api/helloworld?a=%zz", method: "GET"}, 400, "malformed"},
 		"too nested":          {request{path: "/api/helloworld?item" + strings.Repeat(".inner", 40) + "=1", method: "GET"}, 400, "nested"},
 		"JSON bomb":           {request{path: "/api/helloworld", body: strings.Repeat(`{"item":`, 1) + strings.Repeat(`{"inner":`, 10_000) + "{}" + strings.Repeat("}", 10_001), header: asJSON()}, 400, "depth"},
-		"multipart":           {request{path: "/api/helloworld", body: "x", header: http.Header{"Content-Type": {"multipart/form-data; boundary=x"}}}, 415, "multipart/form-data"},
+		"multipart":           {request{path: "/api/helloworld", body: "x", header: http.Header{"Content-Type": {"multipart/form-data; boundary=x"}}}, 400, "multipart form is malformed"},
+		"no boundary":         {request{path: "/api/helloworld", body: "x", header: http.Header{"Content-Type": {"multipart/form-data"}}}, 400, "no boundary"},
 		"xml":                 {request{path: "/api/helloworld", body: "<a/>", header: http.Header{"Content-Type": {"text/xml"}}}, 415, "text/xml"},
 		"brotli":              {request{path: "/api/helloworld", body: "x", header: asJSON("Content-Encoding", "br")}, 415, "br"},
 		"not gzip":            {request{path: "/api/helloworld", body: "x", header: asJSON("Content-Encoding", "gzip")}, 400, "gzip"},

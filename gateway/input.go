@@ -1,9 +1,13 @@
 package gateway
 
 import (
+	"bytes"
 	"encoding/base64"
 	"errors"
 	"fmt"
+	"io"
+	"mime"
+	"mime/multipart"
 	"net/http"
 	"net/url"
 	"strconv"
@@ -29,13 +33,18 @@ func (g *Gateway) input(w http.ResponseWriter, r *http.Request, m *method, stric
 	if err != nil {
 		return nil, err
 	}
-	form := false
+	form, boundary := false, ""
 	switch ct := mediaType(r.Header); {
 	case ct == "application/json" || strings.HasSuffix(ct, "+json") && !strings.HasPrefix(ct, "application/connect"):
 	case len(body) == 0 || looksLikeJSON(body) && (ct == "" || ct == "text/plain" || ct == "application/octet-stream" || ct == "application/x-www-form-urlencoded"):
 		// curl -d '{…}' says form and means JSON.
 	case ct == "application/x-www-form-urlencoded":
 		form = true
+	case ct == "multipart/form-data":
+		_, params, _ := mime.ParseMediaType(r.Header.Get("Content-Type")) // mediaType has read it
+		if boundary = params["boundary"]; boundary == "" {
+			return nil, invalid("multipart/form-data has no boundary")
+		}
 	default:
 		if ct == "" {
 			ct = "a body that is not JSON"
@@ -46,7 +55,7 @@ func (g *Gateway) input(w http.ResponseWriter, r *http.Request, m *method, stric
 	if len(body) == 0 {
 		body = []byte("{}")
 	}
-	if r.URL.RawQuery == "" && !form && !strict {
+	if r.URL.RawQuery == "" && !form && boundary == "" && !strict {
 		return g.bounded(m.in.toWire(nil, body))
 	}
 	c := &generic{m.desc.Input(), m.types, strict}
@@ -54,7 +63,11 @@ func (g *Gateway) input(w http.ResponseWriter, r *http.Request, m *method, stric
 	if err := fill(msg, r.URL.RawQuery, m.types, strict); err != nil {
 		return nil, err
 	}
-	if form {
+	if boundary != "" {
+		if err := fillParts(msg, multipart.NewReader(bytes.NewReader(body), boundary), m.types, strict); err != nil {
+			return nil, err
+		}
+	} else if form {
 		if err := fill(msg, string(body), m.types, strict); err != nil {
 			return nil, err
 		}
@@ -127,6 +140,56 @@ func fill(msg protoreflect.Message, query string, types *dynamicpb.Types, strict
 		}
 	}
 	return nil
+}
+
+// fillParts sets the fields that the parts of a multipart form name, as fill
+// does. A part for a field of bytes, a file, is taken as it is.
+func fillParts(msg protoreflect.Message, parts *multipart.Reader, types *dynamicpb.Types, strict bool) error {
+	for n := 0; ; n++ {
+		part, err := parts.NextRawPart()
+		if err == io.EOF { //nolint:errorlint // a form that breaks off wraps it
+			return nil
+		}
+		if err != nil || n >= maxPairs {
+			return invalid("the multipart form is malformed")
+		}
+		value, err := io.ReadAll(part)
+		if err != nil {
+			return invalid("the multipart form is malformed")
+		}
+		path := splitName(part.FormName())
+		if len(path) > maxDepth {
+			return invalid("%.80q is nested deeper than %d", part.FormName(), maxDepth)
+		}
+		text := string(value)
+		if raw := bytesField(msg.Descriptor(), path); raw {
+			text = base64.StdEncoding.EncodeToString(value)
+		}
+		if err := set1(msg, path, text, types, strict); err != nil {
+			return invalid("field %.80q: %s", part.FormName(), err)
+		}
+	}
+}
+
+// bytesField says that path leads to a field of bytes.
+func bytesField(md protoreflect.MessageDescriptor, path []string) bool {
+	for i, name := range path {
+		if md == nil {
+			return false
+		}
+		fd := md.Fields().ByJSONName(name)
+		if fd == nil {
+			fd = md.Fields().ByTextName(name)
+		}
+		switch {
+		case fd == nil || fd.IsMap():
+			return false
+		case i == len(path)-1:
+			return fd.Kind() == protoreflect.BytesKind
+		}
+		md = fd.Message()
+	}
+	return false
 }
 
 // splitName takes a[b][c] and a.b.c apart; a[] is a.

@@ -158,8 +158,8 @@ func (c *guardConn) CloseWrite() error {
 	return nil
 }
 
-// opaque ends the guarding: the connection was upgraded.
-func (c *guardConn) opaque() {
+// Upgraded ends the guarding: what follows is not HTTP. Package gateway calls it too.
+func (c *guardConn) Upgraded() {
 	c.mu.Lock()
 	c.pass = true
 	c.mu.Unlock()

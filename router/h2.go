@@ -307,7 +307,11 @@ func (g gatewayWay) RoundTrip(out *http.Request) (*http.Response, error) {
 	out = out.Clone(ctx)
 	out.URL.Scheme = "http"
 	for {
-		q.call.onCut(func() { cancel(errCut) })
+		if upgradeTo(q.r) != "" {
+			q.call.upgrade(func() { cancel(errCut) }) // no server waits for a connection that was taken over
+		} else {
+			q.call.onCut(func() { cancel(errCut) })
+		}
 		out.URL.Host = q.call.ep.urlHost()
 		res, err := q.call.ep.h2.RoundTrip(out)
 		if err == nil {

@@ -94,8 +94,8 @@ func (q *request) relayUpgrade(proto string) {
 		panic(http.ErrAbortHandler)
 	}
 	defer client.Close() //nolint:errcheck // both ends are done with it
-	if g, ok := client.(interface{ opaque() }); ok {
-		g.opaque() // what follows is not HTTP
+	if g, ok := client.(interface{ Upgraded() }); ok {
+		g.Upgraded() // what follows is not HTTP
 	}
 	_ = client.SetDeadline(time.Time{})
 	_ = conn.c.SetDeadline(time.Time{})
