@@ -67,6 +67,7 @@ const (
 	SchedulesWrite Verb = "schedules.write" // app
 	NotifyWrite    Verb = "notify.write"    // app: where its notifications go
 	DeployWrite    Verb = "deploy.write"    // app: branch, paths, lock, hooks, publishing
+	ServerRead     Verb = "server.read"     // nothing: how the installation does
 )
 
 // A policy says who may a verb beside the admins.
@@ -101,6 +102,7 @@ var policies = map[Verb]policy{
 	SchedulesWrite: {role: Deployer, changes: true},
 	NotifyWrite:    {role: Deployer, changes: true},
 	DeployWrite:    {role: Deployer, changes: true},
+	ServerRead:     {},
 }
 
 // Allow says whether who may do v to what: an app or a user, as v says. A

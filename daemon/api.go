@@ -63,6 +63,14 @@ var permissions = map[string]auth.Verb{
 	m3ov1connect.CertificatesRemoveProcedure: auth.DomainsWrite,
 	m3ov1connect.TrafficGetProcedure:         auth.AppsRead,
 	m3ov1connect.TrafficSetProcedure:         auth.ProcessesWrite,
+	m3ov1connect.DoctorCheckProcedure:        auth.ServerRead,
+	m3ov1connect.DrainsAddProcedure:          auth.ConfigWrite,
+	m3ov1connect.DrainsListProcedure:         auth.ConfigRead,
+	m3ov1connect.DrainsRemoveProcedure:       auth.ConfigWrite,
+	m3ov1connect.RunsRunProcedure:            auth.ProcessesWrite,
+	m3ov1connect.RunsDetachProcedure:         auth.ProcessesWrite,
+	m3ov1connect.RunsListProcedure:           auth.AppsRead,
+	m3ov1connect.RunsStopProcedure:           auth.ProcessesWrite,
 }
 
 // apiHandler serves the control plane's procedures, each behind its permission.
@@ -79,6 +87,9 @@ func (d *Daemon) apiHandler() http.Handler {
 	mux.Handle(m3ov1connect.NewDomainsHandler(domainsAPI{d}, opts...))
 	mux.Handle(m3ov1connect.NewCertificatesHandler(certsAPI{d}, opts...))
 	mux.Handle(m3ov1connect.NewTrafficHandler(trafficAPI{d}, opts...))
+	mux.Handle(m3ov1connect.NewDoctorHandler(doctorAPI{d}, opts...))
+	mux.Handle(m3ov1connect.NewDrainsHandler(drainsAPI{d}, opts...))
+	mux.Handle(m3ov1connect.NewRunsHandler(runsAPI{d}, opts...))
 	mux.Handle(m3ov1connect.NewServerHandler(serverAPI{d}, opts...))
 	mux.Handle(m3ov1connect.NewSchedulesHandler(schedulesAPI{d}, opts...))
 	mux.HandleFunc("GET /-/health", func(w http.ResponseWriter, _ *http.Request) { _, _ = w.Write([]byte("ok\n")) })
@@ -128,27 +139,33 @@ func (g *guard) WrapStreamingHandler(next connect.StreamingHandlerFunc) connect.
 		if err != nil {
 			return g.wire(proc, err)
 		}
-		if err := next(ctx, &guarded{conn, g, ctx}); err != nil {
+		if err := next(ctx, &guarded{StreamingHandlerConn: conn, g: g, ctx: ctx}); err != nil {
 			return g.wire(proc, err)
 		}
 		return nil
 	}
 }
 
-// guarded asks for the permission once the request message is known.
+// guarded asks for the permission once the request message is known. Where a
+// client sends more than one, the first is what the call is about.
 type guarded struct {
 	connect.StreamingHandlerConn
-	g   *guard
-	ctx context.Context //nolint:containedctx // belongs to this one call
+	g     *guard
+	ctx   context.Context //nolint:containedctx // belongs to this one call
+	asked bool
 }
 
 func (c *guarded) Receive(msg any) error {
 	if err := c.StreamingHandlerConn.Receive(msg); err != nil {
 		return err
 	}
+	if c.asked {
+		return nil
+	}
 	if err := c.g.allow(c.ctx, c.Spec().Procedure, msg); err != nil {
 		return c.g.wire(c.Spec().Procedure, err)
 	}
+	c.asked = true
 	return nil
 }
 

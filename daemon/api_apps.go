@@ -307,22 +307,6 @@ func (a processesAPI) List(_ context.Context, req *connect.Request[m3ov1.ListIns
 	return connect.NewResponse(res), nil
 }
 
-func (a processesAPI) Logs(ctx context.Context, req *connect.Request[m3ov1.LogsRequest], out *connect.ServerStream[m3ov1.LogsResponse]) error {
-	n := int(req.Msg.Lines)
-	if n == 0 {
-		n = 100
-	}
-	for l, err := range a.d.driver.Logs(ctx, runtime.Ref{App: req.Msg.App, Process: req.Msg.Process}, n, req.Msg.Follow) {
-		if err != nil {
-			return err
-		}
-		if err := out.Send(&m3ov1.LogsResponse{Time: stamp(l.Time), Source: "app", Process: l.Process, Instance: l.Instance, Stream: l.Stream, Text: l.Text}); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
 func refOf(in m3o.Instance) runtime.Ref {
 	return runtime.Ref{App: in.App, Process: in.Process, Release: in.Release}
 }

@@ -97,6 +97,13 @@ func (d *Daemon) destroyApp(ctx context.Context, app string) error {
 	if err := os.RemoveAll(d.cfg.path("builds", app)); err != nil {
 		return fmt.Errorf("remove build logs: %w", err)
 	}
+	if err := d.drains.removeApp(ctx, app); err != nil {
+		return err
+	}
+	// A later app of this name must not show this one's lines.
+	if err := errors.Join(d.logs.remove(app), os.RemoveAll(d.cfg.path("runtime", "logs", app))); err != nil {
+		return fmt.Errorf("remove logs: %w", err)
+	}
 	if err := d.auth.RemoveApp(ctx, app); err != nil {
 		return err
 	}

@@ -9,10 +9,12 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"sync"
 	"syscall"
 	"time"
 
 	"github.com/m3o/m3o/gitserver"
+	"github.com/m3o/m3o/internal/pty"
 )
 
 // sshCommands runs the CLI's verbs for who has only ssh: the m3o binary beside
@@ -25,12 +27,12 @@ var localVerbs = []string{"login", "logout", "trust", "open", "env", "completion
 func (d *Daemon) commands() gitserver.Commands { return sshCommands{d} }
 
 // Run is one command line of user, already split. The exit code is the CLI's.
-func (c sshCommands) Run(ctx context.Context, user string, args []string, in io.Reader, out, errOut io.Writer) int {
+func (c sshCommands) Run(ctx context.Context, user string, args []string, term *gitserver.Terminal, in io.Reader, out, errOut io.Writer) int {
 	if len(args) > 0 && slices.Contains(localVerbs, args[0]) {
 		fmt.Fprintf(errOut, "m3o: error: %s works only with m3o installed on your own machine\n", args[0])
 		return 2
 	}
-	code, err := c.run(ctx, user, args, in, out, errOut)
+	code, err := c.run(ctx, user, args, term, in, out, errOut)
 	if err != nil {
 		c.d.log.Error("command over ssh", "user", user, "err", err)
 		fmt.Fprintln(errOut, "m3o: error: the command could not be run; the daemon's log has the cause")
@@ -39,7 +41,7 @@ func (c sshCommands) Run(ctx context.Context, user string, args []string, in io.
 	return code
 }
 
-func (c sshCommands) run(ctx context.Context, user string, args []string, in io.Reader, out, errOut io.Writer) (int, error) {
+func (c sshCommands) run(ctx context.Context, user string, args []string, term *gitserver.Terminal, in io.Reader, out, errOut io.Writer) (int, error) {
 	token, err := c.d.auth.IssueToken(ctx, user, time.Hour, "ssh command")
 	if err != nil {
 		return 0, err
@@ -61,12 +63,23 @@ func (c sshCommands) run(ctx context.Context, user string, args []string, in io.
 		return 0, fmt.Errorf("write token: %w", err)
 	}
 	cmd := exec.CommandContext(ctx, filepath.Join(c.d.cfg.Bin, "m3o"), args...)
-	cmd.Env = []string{"PATH=/usr/bin:/bin", "HOME=" + home, "XDG_CONFIG_HOME=" + home, "M3O_URL=" + c.d.apiURL(), "M3O_TOKEN_FILE=" + file, "M3O_CA_FILE=" + c.d.caFile(), "NO_COLOR=1"}
-	cmd.Dir, cmd.Stdin, cmd.Stdout, cmd.Stderr = home, in, out, errOut
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	cmd.Env = []string{"PATH=/usr/bin:/bin", "HOME=" + home, "XDG_CONFIG_HOME=" + home, "M3O_URL=" + c.d.apiURL(), "M3O_TOKEN_FILE=" + file, "M3O_CA_FILE=" + c.d.caFile()}
+	cmd.Dir = home
+	finish := func() {}
+	if term != nil {
+		cmd.Env = append(cmd.Env, "TERM="+term.Name)
+		if finish, err = inTerminal(ctx, cmd, term, in, out); err != nil {
+			return 0, err
+		}
+	} else {
+		cmd.Env = append(cmd.Env, "NO_COLOR=1")
+		cmd.Stdin, cmd.Stdout, cmd.Stderr = in, out, errOut
+		cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	}
 	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGTERM) }
 	cmd.WaitDelay = 2 * time.Second
 	err = cmd.Run()
+	finish()
 	if exit, ok := errors.AsType[*exec.ExitError](err); ok {
 		return exit.ExitCode(), nil
 	}
@@ -74,4 +87,49 @@ func (c sshCommands) run(ctx context.Context, user string, args []string, in io.
 		return 0, fmt.Errorf("run m3o: %w", err)
 	}
 	return 0, nil
+}
+
+// inTerminal gives cmd a terminal that the client's end of is joined to.
+// finish, called when cmd has ended, waits for the last output.
+func inTerminal(ctx context.Context, cmd *exec.Cmd, term *gitserver.Terminal, in io.Reader, out io.Writer) (finish func(), err error) {
+	master, slave, err := pty.Open()
+	if err != nil {
+		return nil, err
+	}
+	select {
+	case s := <-term.Sizes: // before the program can ask
+		pty.Resize(master, s[0], s[1])
+	default:
+	}
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = slave, slave, slave
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true, Setctty: true}
+	var all sync.WaitGroup
+	end, written := make(chan struct{}), make(chan struct{})
+	all.Go(func() {
+		for {
+			select {
+			case s := <-term.Sizes:
+				pty.Resize(master, s[0], s[1])
+			case <-end:
+				return
+			}
+		}
+	})
+	all.Go(func() {
+		defer close(written)
+		_, _ = io.Copy(out, master) // EIO is how a terminal says the end
+	})
+	// A read of the client's keys ends with the session, not before.
+	go func() { _, _ = io.Copy(master, in) }()
+	return func() {
+		close(end)
+		_ = slave.Close()
+		select {
+		case <-written:
+		case <-ctx.Done(): // the client reads no more
+		case <-time.After(2 * time.Second): // a process it left holds the terminal
+		}
+		_ = master.Close()
+		all.Wait()
+	}, nil
 }

@@ -1,6 +1,7 @@
 package daemon
 
 import (
+	"cmp"
 	"errors"
 	"flag"
 	"fmt"
@@ -42,11 +43,14 @@ type Config struct {
 	Drain        time.Duration // how long requests of an old release may go on after a switch
 	LogLevel     string        // debug, info, warn or error
 
-	ACMEEmail  string // who gets mail about certificates; setting it agrees to the CA's terms
-	ACMECA     string // directory URL of the CA; Let's Encrypt when empty
-	ACMEDNS    string // file that says how to set DNS records of Domain, for its wildcard certificate
-	ACMETrust  string // PEM file of what the CA's own certificate is checked by; default the system's
-	DNSServers string // host:port,…: asked about domains instead of the system's
+	ACMEEmail  string        // who gets mail about certificates; setting it agrees to the CA's terms
+	ACMECA     string        // directory URL of the CA; Let's Encrypt when empty
+	ACMEDNS    string        // file that says how to set DNS records of Domain, for its wildcard certificate
+	ACMETrust  string        // PEM file of what the CA's own certificate is checked by; default the system's
+	DNSServers string        // host:port,…: asked about domains instead of the system's
+	LogAge     time.Duration // lines of apps' logs are kept this long
+	LogSize    int           // MB kept of the logs of an app's instances that are gone
+	AccessLog  int           // requests a second that get a line in their app's log; default 1000, -1 for none
 }
 
 // option ties one field of Config to its flag, variable and key.
@@ -74,6 +78,19 @@ func dur(name, usage string, field func(*Config) *time.Duration) option {
 			return nil
 		},
 		get: func(c *Config) string { return field(c).String() }}
+}
+
+func number(name, usage string, field func(*Config) *int) option {
+	return option{name: name, usage: usage,
+		set: func(c *Config, v string) error {
+			n, err := strconv.Atoi(v)
+			if err != nil || n < -1 {
+				return fmt.Errorf("%q is not a number", v)
+			}
+			*field(c) = n
+			return nil
+		},
+		get: func(c *Config) string { return strconv.Itoa(*field(c)) }}
 }
 
 func boolean(name, usage string, field func(*Config) *bool) option {
@@ -112,6 +129,9 @@ var options = []option{
 	str("acme-trust", "PEM file of certificates to trust the ACME CA by (default: the system's)", func(c *Config) *string { return &c.ACMETrust }),
 	str("dns-servers", "host:port,… asked about domains (default: the system's)", func(c *Config) *string { return &c.DNSServers }),
 	str("log-level", "debug, info, warn or error", func(c *Config) *string { return &c.LogLevel }),
+	dur("log-age", "how long lines of apps' logs are kept (default 168h)", func(c *Config) *time.Duration { return &c.LogAge }),
+	number("log-size", "MB that are kept of the logs of an app's instances that are gone (default 200)", func(c *Config) *int { return &c.LogSize }),
+	number("access-log", "how many requests a second, of all apps together, get a line in their app's log (default 1000, -1 for none)", func(c *Config) *int { return &c.AccessLog }),
 }
 
 // defaultSubnet is for benchmarks of networks (RFC 2544), so no host has it.
@@ -239,6 +259,9 @@ func (c *Config) Validate() error {
 	def(&c.Subnet, defaultSubnet)
 	def(&c.Name, "m3o")
 	def(&c.LogLevel, "info")
+	c.LogAge = cmp.Or(c.LogAge, 7*24*time.Hour)
+	c.LogSize = cmp.Or(c.LogSize, 200)
+	c.AccessLog = cmp.Or(c.AccessLog, 1000)
 	if c.BuildTimeout == 0 {
 		c.BuildTimeout = 15 * time.Minute
 	}

@@ -57,6 +57,9 @@ type Daemon struct {
 	lanes     lanes
 
 	schedules *schedules
+	runs      runs
+	logs      *appLogs
+	drains    *drains
 
 	imagesMu sync.RWMutex // read: an image is made that no release names yet; write: images are removed
 
@@ -119,6 +122,11 @@ func New(ctx context.Context, cfg Config, version string, log *slog.Logger) (_ *
 	if err := d.openCerts(ctx); err != nil {
 		return nil, err
 	}
+	d.logs = newAppLogs(cfg.path("logs"), log)
+	d.routes.told = d.tellInstance
+	if d.drains, err = openDrains(ctx, d); err != nil {
+		return nil, fmt.Errorf("open drains: %w", err)
+	}
 	if err := os.Remove(d.apiSocket()); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return nil, fmt.Errorf("remove stale API socket: %w", err)
 	}
@@ -174,6 +182,9 @@ func (d *Daemon) Run(ctx context.Context, ready func(Ready)) error {
 	s.Add("certificates", d.runCerts)
 	s.Add("runtime", d.driver.Serve)
 	s.Add("instances", func(ctx context.Context) error { return d.routes.follow(ctx, d.driver) })
+	s.Add("access log", d.accessLog)
+	s.Add("drains", d.drains.run)
+	s.Add("upkeep", d.upkeep)
 	s.Add("builder", d.builder.Run)
 	s.Add("background", func(ctx context.Context) error {
 		<-ctx.Done()
@@ -339,7 +350,8 @@ func (d *Daemon) serveAPI(ctx context.Context) error {
 	case <-ctx.Done():
 	}
 	cancel()
-	wctx, stop := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
+	// A one-off command has ten seconds to end.
+	wctx, stop := context.WithTimeout(context.WithoutCancel(ctx), 15*time.Second)
 	defer stop()
 	err := srv.Shutdown(wctx)
 	if serr := <-done; !errors.Is(serr, http.ErrServerClosed) {

@@ -85,7 +85,7 @@ func (d *Daemon) push(ctx context.Context, turn *turn, src m3o.Source, w io.Writ
 	if err != nil {
 		return nil, d.failDeploy(ctx, dep.ID, d.endBuild(ctx, bld, err))
 	}
-	both := &tee{pusher: w, log: logFile}
+	both := &tee{pusher: w, log: io.MultiWriter(logFile, d.logs.lines(src.App, sourceBuild))}
 	fail := func(err error) (*deployment, error) {
 		if cause := context.Cause(ctx); cause != nil {
 			err = cancelled(cause)
@@ -131,7 +131,7 @@ func (d *Daemon) push(ctx context.Context, turn *turn, src m3o.Source, w io.Writ
 		unlock()
 		turn.leave()
 	}
-	live.log = logFile
+	live.log = both.log
 	return live, nil
 }
 
@@ -252,6 +252,9 @@ func (d *Daemon) advance(ctx context.Context, id string, e release.Event, change
 	dep, err := d.ledger.Advance(ctx, id, e, change)
 	if err == nil && d.onStep != nil {
 		d.onStep(dep.App, dep.Status)
+	}
+	if err == nil {
+		d.tellDeploy(dep)
 	}
 	return dep, err
 }
@@ -480,8 +483,9 @@ func (d *Daemon) prune(ctx context.Context) {
 		d.log.Error("prune images", "err", err)
 		return
 	}
-	var keep []string
 	var all []m3o.Release
+	// What still runs reads its files from its layers, whatever the ledger keeps.
+	keep := append(d.driver.Images(), d.runs.inUse()...)
 	for _, app := range apps {
 		kept, err := d.ledger.Kept(ctx, app.Name)
 		if err != nil {

@@ -24,6 +24,7 @@ type driver interface {
 	Serve(ctx context.Context) error
 	Shutdown(ctx context.Context) error
 	Prune(ctx context.Context, keep []string) error
+	Images() []string // of all that runs or should
 }
 
 // builder makes images; *build.Builder is the real one.
@@ -56,7 +57,8 @@ func (d *Daemon) openEngines(ctx context.Context) error {
 	switch d.cfg.Runtime {
 	case "oci":
 		d.driver, err = oci.Open(ctx, oci.Config{Name: d.cfg.Name, Dir: d.cfg.path("runtime"), Run: filepath.Join("/run", d.cfg.Name), Images: b.Images(),
-			Runc: bin("runc"), Shim: bin("m3o-shim"), Subnet: d.subnet(), Deny: []netip.Prefix{builds}, Log: d.log})
+			Runc: bin("runc"), Shim: bin("m3o-shim"), Subnet: d.subnet(), Deny: []netip.Prefix{builds},
+			KeepLogs: d.keepLogs(), Log: d.log})
 	case "process":
 		d.driver, err = process.Open(process.Config{Dir: d.cfg.path("runtime"), Images: b.Images(), Log: d.log})
 	default:

@@ -103,7 +103,7 @@ func (d *Daemon) startLive(ctx context.Context) error {
 			break
 		}
 		r := runtime.Ref{App: in.App, Process: in.Process, Release: in.Release}
-		if !want[r] {
+		if !want[r] && !isRun(r.Process) {
 			stale[r] = true
 		}
 	}

@@ -36,6 +36,7 @@ type routes struct {
 	api    string // endpoint of the daemon's API
 	router tables
 	log    *slog.Logger
+	told   func(old, now m3o.Instance) // of a change that follow has taken in; old is zero for a new one
 
 	mu        sync.Mutex // guards what follows
 	live      map[string]int
@@ -68,7 +69,7 @@ type alias struct{ name, redirect string }
 type mode struct{ maintenance, paused bool }
 
 func newRoutes(domain, api string, rt tables, log *slog.Logger) *routes {
-	return &routes{domain: domain, api: api, router: rt, log: log,
+	return &routes{domain: domain, api: api, router: rt, log: log, told: func(_, _ m3o.Instance) {},
 		live: map[string]int{}, kept: map[string][]int{}, hosts: map[string][]alias{}, modes: map[string]mode{},
 		instances: map[string]m3o.Instance{}, byApp: map[string]map[string]bool{}, traits: map[appVersion]traits{},
 		dirty: map[string]bool{}, whole: true, held: true, changed: make(chan struct{}), wake: make(chan struct{}, 1)}
@@ -468,6 +469,7 @@ func (r *routes) follow(ctx context.Context, d runtime.Driver) error {
 				break
 			}
 			r.mu.Lock()
+			old, tell := r.instances[in.ID], false
 			switch {
 			case in.ID == "": // all that exist have been told
 				seeded = true
@@ -480,8 +482,12 @@ func (r *routes) follow(ctx context.Context, d runtime.Driver) error {
 				fresh[in.ID] = in
 			case r.merge(in):
 				r.touch(in.App)
+				tell = true
 			}
 			r.mu.Unlock()
+			if tell {
+				r.told(old, in)
+			}
 		}
 		select {
 		case <-ctx.Done():

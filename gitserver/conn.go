@@ -240,6 +240,8 @@ type channel struct {
 	conn   *conn
 	cancel context.CancelCauseFunc
 	work   sync.WaitGroup // all that the session started
+	term   *Terminal      // nil for none; set before the command is known, never after
+	raw    gossh.Channel  // what the library's session writes to, once accepted
 }
 
 // Accept lets through only the requests that a session here may make.
@@ -249,15 +251,41 @@ func (ch *channel) Accept() (gossh.Channel, <-chan *gossh.Request, error) {
 		return nil, nil, err
 	}
 	out := make(chan *gossh.Request)
+	ch.raw = accepted
 	ch.work.Go(func() {
 		defer close(out)
 		defer ch.cancel(errGone)
-		protocol := false
+		protocol, begun := false, false
+		var sizes chan [2]uint16
 		for r := range reqs {
 			switch r.Type {
 			case "exec", "shell":
+				begun = true
 				out <- r
 				continue
+			case "pty-req":
+				// The library would change the line ends of what is written.
+				var pty struct {
+					Term          string
+					Columns, Rows uint32
+					Width, Height uint32
+					Modes         string
+				}
+				if !begun && sizes == nil && gossh.Unmarshal(r.Payload, &pty) == nil && len(pty.Term) <= 64 {
+					sizes = make(chan [2]uint16, 8)
+					sizes <- terminalSize(pty.Columns, pty.Rows)
+					ch.term = &Terminal{Name: pty.Term, Sizes: sizes}
+					_ = r.Reply(true, nil)
+					continue
+				}
+			case "window-change":
+				var win struct{ Columns, Rows, Width, Height uint32 }
+				if sizes != nil && gossh.Unmarshal(r.Payload, &win) == nil {
+					select {
+					case sizes <- terminalSize(win.Columns, win.Rows):
+					default: // nobody reads them
+					}
+				}
 			case "env":
 				// The library keeps every variable: let one through, once.
 				var kv struct{ Key, Value string }
@@ -271,10 +299,14 @@ func (ch *channel) Accept() (gossh.Channel, <-chan *gossh.Request, error) {
 			case "signal":
 				ch.cancel(errGone)
 			}
-			_ = r.Reply(false, nil) // pty-req, auth-agent-req, subsystem, x11-req …
+			_ = r.Reply(false, nil) // auth-agent-req, subsystem, x11-req …
 		}
 	})
 	return accepted, out, nil
+}
+
+func terminalSize(columns, rows uint32) [2]uint16 {
+	return [2]uint16{uint16(min(columns, 9999)), uint16(min(rows, 9999))}
 }
 
 func validProtocol(v string) bool { return v == "version=1" || v == "version=2" }
@@ -316,6 +348,9 @@ func (c *conn) handle(sess ssh.Session) {
 	defer c.s.sessions.Done()
 	defer cc.ch.work.Done()
 	x := &session{s: c.s, conn: c, ch: cc.ch, sess: sess, stderr: &syncWriter{w: sess.Stderr()}}
+	if cc.ch.term != nil {
+		x.stderr.w = newlines{sess.Stderr()}
+	}
 	code := 1
 	defer func() { _ = sess.Exit(code) }()
 	defer c.s.recovered("ssh session", func() { tell(x.stderr, errInternal) })

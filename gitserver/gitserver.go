@@ -68,8 +68,16 @@ type Deployment interface {
 // Commands are the verbs that work over ssh, as in `ssh m3o@host apps`.
 type Commands interface {
 	// Run runs one verb and returns its exit code (0 to 255). ctx ends when
-	// the client goes away.
-	Run(ctx context.Context, user string, args []string, in io.Reader, out, errOut io.Writer) (exit int)
+	// the client goes away. term is nil when the client has no terminal; where
+	// it has, errOut is not used.
+	Run(ctx context.Context, user string, args []string, term *Terminal, in io.Reader, out, errOut io.Writer) (exit int)
+}
+
+// A Terminal is the client's: all it sends are keys, and all it gets is shown
+// as it is.
+type Terminal struct {
+	Name  string           // the client's TERM
+	Sizes <-chan [2]uint16 // {columns, rows}: the first is there at once, then every change
 }
 
 // Limits bound what one client can cost. Zero fields take the defaults named.

@@ -1,6 +1,7 @@
 package gitserver
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -32,6 +33,15 @@ func (s *syncWriter) Write(p []byte) (int, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.w.Write(p)
+}
+
+// newlines is for a client in a terminal, where a line feed alone is only half
+// a line end.
+type newlines struct{ w io.Writer }
+
+func (n newlines) Write(p []byte) (int, error) {
+	_, err := n.w.Write(bytes.ReplaceAll(p, []byte("\n"), []byte("\r\n")))
+	return len(p), err
 }
 
 var errInternal = errors.New("internal") // any error without a Kind is told as internal
@@ -82,7 +92,11 @@ func (x *session) run(ctx context.Context) int {
 	}
 	switch cmd.verb {
 	case verbHello:
-		_, _ = fmt.Fprintf(x.sess, "Hello %s! Your key is known here. m3o gives no shell; deploy with: git push m3o main\n", scrub(user))
+		var out io.Writer = x.sess
+		if x.ch.term != nil {
+			out = newlines{x.sess}
+		}
+		_, _ = fmt.Fprintf(out, "Hello %s! Your key is known here. m3o gives no shell; deploy with: git push m3o main\n", scrub(user))
 		return 0
 	case verbReceive:
 		return x.receive(ctx, cmd.app)
@@ -98,7 +112,7 @@ func (x *session) run(ctx context.Context) int {
 		return x.refuse("", &m3o.Error{Kind: m3o.Invalid, Msg: fmt.Sprintf("%q is not available over ssh here", cmd.args[0]),
 			Hint: "this address takes git push, git fetch and git clone"})
 	}
-	exit := x.s.cfg.Commands.Run(ctx, user, cmd.args, x.sess, x.sess, x.stderr)
+	exit := x.s.cfg.Commands.Run(ctx, user, cmd.args, x.ch.term, x.sess, x.ch.raw, x.stderr)
 	if exit < 0 || exit > 255 {
 		exit = 1
 	}

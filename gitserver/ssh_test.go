@@ -216,7 +216,7 @@ type verbs struct {
 	calls []string
 }
 
-func (v *verbs) Run(_ context.Context, user string, args []string, in io.Reader, out, errOut io.Writer) int {
+func (v *verbs) Run(_ context.Context, user string, args []string, _ *Terminal, in io.Reader, out, errOut io.Writer) int {
 	v.mu.Lock()
 	v.calls = append(v.calls, fmt.Sprintf("%s %q", user, args))
 	v.mu.Unlock()

@@ -223,8 +223,14 @@ func (c Client) Requests(ctx context.Context, app string, window time.Duration) 
 // When the caller is too slow for them it misses some, and dropped says how
 // many so far. An error is the last thing it yields.
 func (c Client) Follow(ctx context.Context, app string) iter.Seq2[Followed, error] {
+	return c.FollowAtMost(ctx, app, 0)
+}
+
+// FollowAtMost is Follow of at most rate requests a second, 0 for all; those
+// beyond are missed too. Telling of a request costs about as much as relaying it.
+func (c Client) FollowAtMost(ctx context.Context, app string, rate int) iter.Seq2[Followed, error] {
 	return func(yield func(Followed, error) bool) {
-		res, err := c.ask(ctx, http.MethodGet, "/follow?"+url.Values{"app": {app}}.Encode(), nil)
+		res, err := c.ask(ctx, http.MethodGet, "/follow?"+url.Values{"app": {app}, "rate": {strconv.Itoa(rate)}}.Encode(), nil)
 		if err != nil {
 			yield(Followed{}, err)
 			return
@@ -254,7 +260,8 @@ type Followed struct {
 
 // serveFollow writes a line of JSON for each request.
 func (rt *Router) serveFollow(w http.ResponseWriter, r *http.Request) {
-	s, stop := rt.tails.follow(r.URL.Query().Get("app"))
+	rate, _ := strconv.Atoi(r.URL.Query().Get("rate")) // 0 when absent
+	s, stop := rt.tails.follow(r.URL.Query().Get("app"), rate)
 	defer stop()
 	w.Header().Set("Content-Type", "application/x-ndjson")
 	rc := http.NewResponseController(w)

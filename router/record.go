@@ -181,8 +181,24 @@ type tails struct {
 
 type tail struct {
 	app     string // "" for all
+	rate    int    // of a second; 0 for no bound
 	c       chan Record
 	dropped atomic.Int64
+
+	second int64 // guarded by tails.mu, as what follows: the second that sent is of
+	sent   int
+}
+
+// due says whether s may be told of one more request now. tails.mu is held.
+func (s *tail) due(r *Record) bool {
+	if s.rate <= 0 {
+		return true
+	}
+	if now := r.Time.Add(r.Took).Unix(); now != s.second {
+		s.second, s.sent = now, 0
+	}
+	s.sent++
+	return s.sent <= s.rate
 }
 
 func (t *tails) send(r *Record) {
@@ -195,6 +211,10 @@ func (t *tails) send(r *Record) {
 		if s.app != "" && s.app != r.App {
 			continue
 		}
+		if !s.due(r) {
+			s.dropped.Add(1)
+			continue
+		}
 		select {
 		case s.c <- *r:
 		default:
@@ -204,8 +224,8 @@ func (t *tails) send(r *Record) {
 }
 
 // follow subscribes to an app's requests, "" for all, until stop is called.
-func (t *tails) follow(app string) (s *tail, stop func()) {
-	s = &tail{app: app, c: make(chan Record, 512)}
+func (t *tails) follow(app string, rate int) (s *tail, stop func()) {
+	s = &tail{app: app, rate: rate, c: make(chan Record, 512)}
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if t.subs == nil {

@@ -262,7 +262,7 @@ func (r *Reconciler) finish(ctx context.Context, in *instance, exit Exit) {
 			return
 		}
 	}
-	r.change(in, func() { in.handle, in.Phase, in.At = nil, m3o.Draining, time.Now() })
+	r.change(in, func() { in.handle, in.Phase, in.At = nil, m3o.Draining, exit.At })
 	r.remove(ctx, in, exit)
 }
 

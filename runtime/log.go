@@ -114,30 +114,85 @@ func logPaths(app string) (paths []string, err error) {
 	return paths, err
 }
 
-// Trim removes the logs of gone instances, the longest silent first, until no
-// app keeps more than a few; live says which instances are not gone.
-func (l Logs) Trim(live func(instance string) bool) error {
+// A Retention bounds the logs that are kept of an app. Zero fields bound nothing.
+type Retention struct {
+	Age   time.Duration // what was last written to longer ago goes, save what a running instance still writes to
+	Bytes int64         // of the logs of instances that are gone
+}
+
+// Trim removes what keep has no room for: logs of instances that are gone, the
+// longest silent first, of which no app keeps more than a few either, and
+// files that were rotated away too long ago. live says which instances are not
+// gone.
+func (l Logs) Trim(keep Retention, live func(instance string) bool) error {
 	all, err := l.files(Ref{})
 	if err != nil {
 		return err
 	}
 	slices.SortFunc(all, func(a, b logFile) int { return b.changed.Compare(a.changed) })
-	kept := map[string]int{}
+	type kept struct {
+		logs  int
+		bytes int64
+	}
+	apps := map[string]*kept{}
 	for _, f := range all {
 		if live(f.instance) {
+			if err := f.trimRotated(keep.Age); err != nil {
+				return err
+			}
 			continue
 		}
-		if kept[f.App]++; kept[f.App] <= keptLogs {
+		k := apps[f.App]
+		if k == nil {
+			k = &kept{}
+			apps[f.App] = k
+		}
+		k.logs++
+		k.bytes += f.bytes()
+		if k.logs <= keptLogs && (keep.Bytes <= 0 || k.bytes <= keep.Bytes) && !keep.tooOld(f.changed) {
 			continue
 		}
 		for i := range logFiles {
-			if err := os.Remove(rotated(f.path, i)); err != nil && !errors.Is(err, fs.ErrNotExist) {
-				return fmt.Errorf("remove old log: %w", err)
+			if err := removeLog(rotated(f.path, i)); err != nil {
+				return err
 			}
 		}
 		_ = os.Remove(filepath.Dir(f.path)) // succeeds for the last one in it
 	}
 	return nil
+}
+
+func (k Retention) tooOld(changed time.Time) bool { return k.Age > 0 && time.Since(changed) > k.Age }
+
+func removeLog(path string) error {
+	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("remove old log: %w", err)
+	}
+	return nil
+}
+
+// trimRotated removes the rotated files of a log in use that are too old.
+func (f logFile) trimRotated(age time.Duration) error {
+	for i := 1; i < logFiles; i++ {
+		fi, err := os.Stat(rotated(f.path, i))
+		if err != nil || !(Retention{Age: age}).tooOld(fi.ModTime()) {
+			continue
+		}
+		if err := removeLog(rotated(f.path, i)); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// bytes is the size of a log, its rotated files included.
+func (f logFile) bytes() (n int64) {
+	for i := range logFiles {
+		if fi, err := os.Stat(rotated(f.path, i)); err == nil {
+			n += fi.Size()
+		}
+	}
+	return n
 }
 
 func rotated(path string, i int) string {
@@ -419,6 +474,13 @@ func (w *LogWriter) Copy(stream byte, r io.Reader) error {
 }
 
 const stampForm = "2006-01-02T15:04:05.000000000Z"
+
+// Print writes one line of stream 'o' or 'e'; what is longer than MaxLine is
+// cut, and line ends in it become spaces.
+func (w *LogWriter) Print(stream byte, text string) {
+	text = strings.NewReplacer("\n", " ", "\r", " ").Replace(text[:min(len(text), MaxLine)])
+	w.line(stream, []byte(text))
+}
 
 func (w *LogWriter) line(stream byte, text []byte) {
 	w.mu.Lock()

@@ -269,7 +269,7 @@ func TestTrimKeepsTheLiveAndTheLatest(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if err := logs.Trim(func(id string) bool { return id == "i0" }); err != nil {
+	if err := logs.Trim(Retention{}, func(id string) bool { return id == "i0" }); err != nil {
 		t.Fatal(err)
 	}
 	left, err := logs.files(Ref{})

@@ -12,6 +12,7 @@ want sshd openssh-server # the reference of the push benchmark
 want gcc gcc
 want pkg-config pkg-config
 want protoc protobuf-compiler
+[ -e /usr/include/google/protobuf/timestamp.proto ] || missing+=(libprotobuf-dev) # the imports of api/
 want curl curl
 want npm npm # webhook payloads to test with
 want chromium chromium # a page calls a deployed service

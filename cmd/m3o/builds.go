@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"context"
 	"strconv"
-	"time"
 
 	"connectrpc.com/connect"
 
@@ -138,45 +137,4 @@ func runPs(ctx context.Context, c *call) error {
 		}
 		c.table([]string{"PROCESS", "INSTANCE", "RELEASE", "PHASE", "RESTARTS", "SINCE"}, rows)
 	})
-}
-
-func runLogs(ctx context.Context, c *call) error {
-	n, err := c.number("number", 0, 1, 100_000)
-	if err != nil {
-		return err
-	}
-	app, cl, err := c.withApp(ctx)
-	if err != nil {
-		return err
-	}
-	stream, err := cl.processes.Logs(ctx, connect.NewRequest(&m3ov1.LogsRequest{App: app, Process: c.value("process"),
-		Lines: int32(n), Follow: c.has("follow")}))
-	return receive(ctx, cl, c.has("follow"), stream, err, func(m *m3ov1.LogsResponse) error {
-		if c.has("json") {
-			return c.jsonLine(m)
-		}
-		c.print("%s\n", c.logLine(m))
-		return nil
-	})
-}
-
-// logLine is Heroku's form of a log line: time source[process.instance]: text.
-func (s *system) logLine(m *m3ov1.LogsResponse) string {
-	form := time.RFC3339Nano
-	at := m.GetTime().AsTime().UTC()
-	if s.outTerminal {
-		form, at = "15:04:05.000", at.Local()
-	}
-	who := m.GetSource()
-	switch {
-	case m.GetInstance() != "" && m.GetProcess() != "":
-		who += "[" + m.GetProcess() + "." + m.GetInstance() + "]"
-	case m.GetProcess() != "":
-		who += "[" + m.GetProcess() + "]"
-	}
-	colour := green
-	if m.GetStream() == "stderr" {
-		colour = yellow
-	}
-	return at.Format(form) + " " + s.paint(colour, plain(who)+":") + " " + s.text(m.GetText())
 }

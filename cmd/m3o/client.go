@@ -146,6 +146,9 @@ type client struct {
 	builds    m3ov1connect.BuildsClient
 	config    m3ov1connect.ConfigClient
 	processes m3ov1connect.ProcessesClient
+	runs      m3ov1connect.RunsClient
+	drains    m3ov1connect.DrainsClient
+	doctor    m3ov1connect.DoctorClient
 	server    m3ov1connect.ServerClient
 	schedules m3ov1connect.SchedulesClient
 	domains   m3ov1connect.DomainsClient
@@ -204,6 +207,9 @@ func clientWith(t target, conf *tls.Config) *client {
 		builds:    m3ov1connect.NewBuildsClient(h, base, opts...),
 		config:    m3ov1connect.NewConfigClient(h, base, opts...),
 		processes: m3ov1connect.NewProcessesClient(h, base, opts...),
+		doctor:    m3ov1connect.NewDoctorClient(h, base, opts...),
+		drains:    m3ov1connect.NewDrainsClient(h, base, opts...),
+		runs:      m3ov1connect.NewRunsClient(h, base, opts...),
 		server:    m3ov1connect.NewServerClient(h, base, opts...),
 		schedules: m3ov1connect.NewSchedulesClient(h, base, opts...),
 		domains:   m3ov1connect.NewDomainsClient(h, base, opts...),

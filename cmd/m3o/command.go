@@ -24,6 +24,7 @@ type command struct {
 	long    string // paragraphs
 	example string // lines, each a command
 	hidden  bool   // not in the overview
+	rest    bool   // from the first argument on all is another program's, flags too
 	// completes says what an argument is: "app", "server", "key", "var",
 	// "release", "build", "schedule", "command", "shell", "file" or "".
 	completes string
@@ -59,7 +60,10 @@ type call struct {
 	*system
 	cmd  *command
 	args []string
-	set  map[string]string // flags given; "" for those without a value
+	set  map[string]string   // flags given; "" for those without a value
+	many map[string][]string // every value of a flag that was given more than once
+	// dashed is whether "--" stood before the arguments.
+	dashed bool
 }
 
 func (c *call) has(flag string) bool     { _, ok := c.set[flag]; return ok }
@@ -199,6 +203,7 @@ func (c *call) parseFlags(args []string) error {
 		args = args[1:]
 		switch {
 		case a == "--":
+			c.dashed = len(c.args) == 0
 			c.args = append(c.args, args...)
 			return nil
 		case strings.HasPrefix(a, "--"):
@@ -216,7 +221,7 @@ func (c *call) parseFlags(args []string) error {
 				value, args = args[0], args[1:]
 				fallthrough
 			default:
-				c.set[name] = value
+				c.put(name, value)
 			}
 		case strings.HasPrefix(a, "-") && a != "-":
 			for letters := a[1:]; letters != ""; {
@@ -232,19 +237,31 @@ func (c *call) parseFlags(args []string) error {
 				}
 				switch {
 				case letters != "":
-					c.set[f.name] = strings.TrimPrefix(letters, "=")
+					c.put(f.name, strings.TrimPrefix(letters, "="))
 				case len(args) > 0:
-					c.set[f.name], args = args[0], args[1:]
+					c.put(f.name, args[0])
+					args = args[1:]
 				default:
 					return misuse("-"+f.short+" needs a value", "m3o help "+c.cmd.name)
 				}
 				letters = ""
 			}
+		case c.cmd.rest:
+			c.args = append([]string{a}, args...)
+			return nil
 		default:
 			c.args = append(c.args, a)
 		}
 	}
 	return nil
+}
+
+func (c *call) put(flag, value string) {
+	c.set[flag] = value
+	if c.many == nil {
+		c.many = map[string][]string{}
+	}
+	c.many[flag] = append(c.many[flag], value)
 }
 
 func unknownCommand(name string) error {

@@ -91,12 +91,6 @@ history. One newline at the end is left out. With --secret the values of this co
 		{name: "ps", aliases: []string{"ps:list"}, group: "Running", args: "[APP]", max: 1, app: true, appArg: true, run: runPs, completes: "app", short: "List the instances of an app"},
 		{name: "status", group: "Running", args: "[APP]", max: 1, app: true, appArg: true, run: runStatus, completes: "app",
 			short: "The instances of an app or, where none is named, all apps"},
-		{name: "logs", group: "Running", args: "[APP]", max: 1, app: true, appArg: true, run: runLogs, completes: "app",
-			short: "Show what an app logged, the newest lines last",
-			long:  "With --json every line is one JSON object.", example: "m3o logs -f\nm3o logs -n 1000 -p worker",
-			flags: []flag{{"follow", "f", "", "go on until Ctrl-C"}, {"number", "n", "N", "how many lines (default 100)"},
-				{"process", "p", "TYPE", "only this process type"}}},
-
 		{name: "keys", aliases: []string{"keys:list"}, group: "Keys and users", run: runKeys, short: "List your SSH keys",
 			flags: []flag{{"user", "", "NAME", "those of another user (admins)"}}},
 		{name: "keys:add", group: "Keys and users", args: "[FILE]", max: 1, run: runKeysAdd, completes: "file",
@@ -115,9 +109,8 @@ history. One newline at the end is left out. With --secret the values of this co
 		{name: "help", group: "Help", args: "[COMMAND]", max: 2, run: runHelp, completes: "command", short: "Show help",
 			flags: []flag{{"markdown", "", "", "print the reference of all commands"}}},
 
-		{name: "run", hidden: true, max: -1, run: instead("m3o cannot run a one-off command yet", "git push m3o main deploys this repository; m3o create makes the app first")},
 		{name: "update", hidden: true, max: -1, run: instead("there is no update: a push is one", "git push m3o main")},
 		{name: "deploy", hidden: true, max: -1, run: instead("there is no deploy: a push is one", "git push m3o main")},
 		{name: "__complete", hidden: true, max: -1, run: runComplete},
-	}, scheduleCommands(), domainsCommands())
+	}, scheduleCommands(), domainsCommands(), runCommands(), logCommands(), doctorCommands())
 }

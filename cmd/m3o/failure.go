@@ -29,6 +29,12 @@ type failure struct {
 func (f *failure) Error() string { return f.msg }
 func (f *failure) Unwrap() error { return f.err }
 
+// An exitStatus ends the program with the status of the command that it ran,
+// which has said itself whatever there was to say.
+type exitStatus int
+
+func (e exitStatus) Error() string { return fmt.Sprintf("exit status %d", int(e)) }
+
 func fail(msg, hint string) error   { return &failure{msg: msg, hint: hint, exit: 1} }
 func misuse(msg, hint string) error { return &failure{msg: msg, hint: hint, exit: 2} }
 

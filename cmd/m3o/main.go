@@ -9,6 +9,7 @@ package main
 import (
 	"bufio"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -37,6 +38,7 @@ func start() int {
 		inTerminal:  term.IsTerminal(int(os.Stdin.Fd())),
 		outTerminal: term.IsTerminal(int(os.Stdout.Fd())),
 		secret:      readSecret,
+		screen:      stdScreen{},
 	})
 }
 
@@ -55,6 +57,7 @@ type system struct {
 	inTerminal, outTerminal bool
 	// secret reads a line from the terminal without showing it.
 	secret func(ctx context.Context) (string, error)
+	screen screen // the terminal, for a program that gets all of it
 }
 
 // readSecret reads from the terminal without echo, and restores the echo also
@@ -107,6 +110,9 @@ func run(ctx context.Context, args []string, sys *system) int {
 	}
 	if err == nil {
 		return 0
+	}
+	if status, ok := errors.AsType[exitStatus](err); ok {
+		return int(status)
 	}
 	msg, hint, exit := explain(ctx, err)
 	s.say("m3o: error: %s", msg)

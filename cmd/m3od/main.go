@@ -12,6 +12,7 @@ import (
 	"log/slog"
 	"os"
 	"os/signal"
+	"slices"
 	"syscall"
 
 	"github.com/m3o/m3o"
@@ -32,11 +33,16 @@ func main() {
 // stopped as asked, 1 failed, 2 misused. Each of before sees the daemon before
 // it runs.
 func run(ctx context.Context, args []string, getenv func(string) string, stdout, stderr io.Writer, before ...func(*daemon.Daemon)) int {
-	router := false
+	router, doctor, asJSON := false, false, false
 	if len(args) > 0 {
 		switch args[0] {
 		case "router":
 			router, args = true, args[1:]
+		case "doctor":
+			doctor, args = true, args[1:]
+			if i := slices.Index(args, "--json"); i >= 0 {
+				asJSON, args = true, slices.Delete(slices.Clone(args), i, i+1)
+			}
 		case "version", "--version":
 			fmt.Fprintln(stdout, "m3od", version)
 			return 0
@@ -48,6 +54,9 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout,
 	}
 	if err != nil {
 		return fail(stderr, err, 2)
+	}
+	if doctor {
+		return report(stdout, daemon.Doctor(ctx, cfg), asJSON)
 	}
 	var level slog.Level
 	_ = level.UnmarshalText([]byte(cfg.LogLevel)) // ParseConfig has checked it
@@ -95,6 +104,7 @@ func usage(w io.Writer, f *flag.FlagSet) {
 	fmt.Fprint(w, `m3od is the m3o daemon.
 
 Usage: m3od [flags]
+       m3od doctor [--json] [flags]   examine this host, and say how to mend what is wrong
 
 Every flag is also a variable M3O_<FLAG> (M3O_HTTPS for --https, M3O_BUILD_TIMEOUT
 for --build-timeout) and a key of the configuration file.

@@ -11,6 +11,7 @@ import (
 	"strings"
 
 	"github.com/google/nftables"
+	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 )
 
@@ -18,15 +19,20 @@ import (
 // they should.
 type Problem struct{ Msg, Hint string }
 
-// Check looks at the host and reports what is wrong with it; nil when nothing
-// is. It changes nothing.
-func (d *Driver) Check(ctx context.Context) []Problem {
+// Check looks at the host and reports what is wrong with it for a driver of
+// this Name, Subnet, Runc and Shim; nil when nothing is. It changes nothing.
+func Check(ctx context.Context, cfg Config) []Problem {
 	var all []Problem
 	add := func(hint, format string, args ...any) {
 		all = append(all, Problem{fmt.Sprintf(format, args...), hint})
 	}
+	d := &Driver{cfg: cfg}
+	var err error
+	if d.cgroups, err = findCgroups(cfg.Name, "/proc/self/mountinfo"); err != nil {
+		add("mount cgroup v2 at /sys/fs/cgroup, as every system with systemd does", "there are no cgroups: %v", err)
+	}
 	for _, name := range []string{"memory", "cpu", "pids"} {
-		if !d.cgroups.has(name) {
+		if err == nil && !d.cgroups.has(name) {
 			add("enable it on the kernel command line, or delegate it to this service", "the cgroup controller %s is not available: its limits do not hold", name)
 		}
 	}
@@ -43,6 +49,13 @@ func (d *Driver) Check(ctx context.Context) []Problem {
 			add("use the runc that comes with m3o", "runc %s has known ways out of a container (CVE-2025-31133, -52565, -52881); 1.2.8, 1.3.3 and 1.4.0 were the first without", v)
 		}
 	}
+	nl, err := netlink.NewHandle(unix.NETLINK_ROUTE)
+	if err != nil {
+		add("", "the routes cannot be read: %v", err)
+		return append(all, d.checkFirewalls()...)
+	}
+	defer nl.Close()
+	d.net = &network{prefix: cfg.Name + "-", nl: nl}
 	return append(append(all, d.checkFirewalls()...), d.checkSubnet()...)
 }
 

@@ -74,7 +74,8 @@ type Config struct {
 	Upstreams []string       // name servers, "ip" or "ip:port"; nil: the host's
 	Deny      []netip.Prefix // IPv4 networks instances neither reach nor are reached from, such as the builds'
 	UserBase  int            // first user id given to an app; 0: 100000
-	Log       *slog.Logger   // nil discards
+	KeepLogs  runtime.Retention
+	Log       *slog.Logger // nil discards
 }
 
 var nameForm = regexp.MustCompile(`^[a-z][a-z0-9]{0,6}$`)
@@ -350,7 +351,7 @@ func (d *Driver) trimLogs(ctx context.Context) error {
 		for _, in := range d.Instances() {
 			live[in.ID] = true
 		}
-		if err := d.logs.Trim(func(id string) bool { return live[id] }); err != nil {
+		if err := d.logs.Trim(d.cfg.KeepLogs, func(id string) bool { return live[id] }); err != nil {
 			d.log.Warn("cannot remove old logs", "err", err)
 		}
 		select {

@@ -14,6 +14,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"sync"
 	"syscall"
@@ -23,6 +24,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/m3o/m3o"
+	"github.com/m3o/m3o/internal/pty"
 	"github.com/m3o/m3o/runtime"
 )
 
@@ -147,53 +149,18 @@ func feed(r io.Reader) (*os.File, error) {
 // connectTerminal gives cmd a terminal whose other end c is connected to.
 // finish, called when cmd has ended, waits for the last output.
 func connectTerminal(cmd *exec.Cmd, c runtime.Cmd, size [2]uint16) (finish func(), err error) {
-	master, slave, err := openTerminal()
+	master, slave, err := pty.Open()
 	if err != nil {
 		return nil, err
 	}
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = slave, slave, slave
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true, Setctty: true}
-	resize(master, size)
+	pty.Resize(master, size[0], size[1])
 	done := attach(master, c)
 	return func() {
 		_ = slave.Close()
 		done()
 	}, nil
-}
-
-func openTerminal() (master, slave *os.File, err error) {
-	master, err = os.OpenFile("/dev/ptmx", os.O_RDWR|unix.O_NOCTTY, 0)
-	if err != nil {
-		return nil, nil, fmt.Errorf("open terminal: %w", err)
-	}
-	n := 0
-	err = control(master, func(fd int) error {
-		var err error
-		if err = unix.IoctlSetPointerInt(fd, unix.TIOCSPTLCK, 0); err == nil {
-			n, err = unix.IoctlGetInt(fd, unix.TIOCGPTN)
-		}
-		return err
-	})
-	if err == nil {
-		slave, err = os.OpenFile(fmt.Sprintf("/dev/pts/%d", n), os.O_RDWR|unix.O_NOCTTY, 0)
-	}
-	if err != nil {
-		return nil, nil, errors.Join(fmt.Errorf("open terminal: %w", err), master.Close())
-	}
-	return master, slave, nil
-}
-
-// control calls f with the descriptor without making the file block.
-func control(file *os.File, f func(fd int) error) error {
-	rc, err := file.SyscallConn()
-	if err != nil {
-		return err
-	}
-	var ferr error
-	if err := rc.Control(func(fd uintptr) { ferr = f(int(fd)) }); err != nil {
-		return err
-	}
-	return ferr
 }
 
 // sizeWait is how long the first size is waited for.
@@ -215,12 +182,6 @@ func firstSize(ctx context.Context, c runtime.Cmd) (size [2]uint16) {
 
 func consoleSize(s [2]uint16) *specs.Box { return &specs.Box{Width: uint(s[0]), Height: uint(s[1])} }
 
-func resize(terminal *os.File, s [2]uint16) {
-	_ = control(terminal, func(fd int) error {
-		return unix.IoctlSetWinsize(fd, unix.TIOCSWINSZ, &unix.Winsize{Col: s[0], Row: s[1]})
-	})
-}
-
 // attach connects c to a terminal's master. The function it returns waits for
 // the last output, which has ended when the last process left the terminal,
 // and closes it.
@@ -234,7 +195,7 @@ func attach(master *os.File, c runtime.Cmd) (finish func()) {
 				if !ok {
 					return
 				}
-				resize(master, s)
+				pty.Resize(master, s[0], s[1])
 			case <-end:
 				return
 			}
@@ -262,6 +223,9 @@ func attach(master *os.File, c runtime.Cmd) (finish func()) {
 		all.Wait()
 	}
 }
+
+// notRun is how runc says that it cannot execute a program.
+var notRun = regexp.MustCompile(`exec: \\?"[^"]*": (executable file not found|stat .*: no such file|is a directory|permission denied)`)
 
 // Run is runtime.Driver's. When ctx ends the command has a short grace period.
 func (d *Driver) Run(ctx context.Context, w runtime.Workload, c runtime.Cmd) (exit int, err error) {
@@ -291,6 +255,10 @@ func (d *Driver) Run(ctx context.Context, w runtime.Workload, c runtime.Cmd) (ex
 	}
 	if err != nil {
 		ends.abandon()
+		if notRun.MatchString(err.Error()) {
+			return -1, &m3o.Error{Kind: m3o.Invalid, Msg: fmt.Sprintf("cannot run %s: there is no such program in the image", w.Args[0]),
+				Hint: "the image may hold nothing but the app: it needs no shell", Err: err}
+		}
 		return -1, fmt.Errorf("launch: %w", err)
 	}
 	defer func() {

@@ -2770,8 +2770,12 @@ type LogsRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	App           string                 `protobuf:"bytes,1,opt,name=app,proto3" json:"app,omitempty"`
 	Process       string                 `protobuf:"bytes,2,opt,name=process,proto3" json:"process,omitempty"` // "" for all
-	Lines         int32                  `protobuf:"varint,3,opt,name=lines,proto3" json:"lines,omitempty"`    // 0 means 100
+	Lines         int32                  `protobuf:"varint,3,opt,name=lines,proto3" json:"lines,omitempty"`    // 0 means 100, or with since all of them up to 100,000
 	Follow        bool                   `protobuf:"varint,4,opt,name=follow,proto3" json:"follow,omitempty"`
+	Source        string                 `protobuf:"bytes,5,opt,name=source,proto3" json:"source,omitempty"` // "app", "build", "router", "m3o"; "" for all, or for app where process or instance is given
+	Instance      string                 `protobuf:"bytes,6,opt,name=instance,proto3" json:"instance,omitempty"`
+	Since         *timestamppb.Timestamp `protobuf:"bytes,7,opt,name=since,proto3" json:"since,omitempty"`
+	Until         *timestamppb.Timestamp `protobuf:"bytes,8,opt,name=until,proto3" json:"until,omitempty"` // not with follow
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2834,6 +2838,34 @@ func (x *LogsRequest) GetFollow() bool {
 	return false
 }
 
+func (x *LogsRequest) GetSource() string {
+	if x != nil {
+		return x.Source
+	}
+	return ""
+}
+
+func (x *LogsRequest) GetInstance() string {
+	if x != nil {
+		return x.Instance
+	}
+	return ""
+}
+
+func (x *LogsRequest) GetSince() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Since
+	}
+	return nil
+}
+
+func (x *LogsRequest) GetUntil() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Until
+	}
+	return nil
+}
+
 type LogsResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Time          *timestamppb.Timestamp `protobuf:"bytes,1,opt,name=time,proto3" json:"time,omitempty"`
@@ -2842,6 +2874,7 @@ type LogsResponse struct {
 	Instance      string                 `protobuf:"bytes,4,opt,name=instance,proto3" json:"instance,omitempty"`
 	Stream        string                 `protobuf:"bytes,5,opt,name=stream,proto3" json:"stream,omitempty"` // "stdout", "stderr"
 	Text          string                 `protobuf:"bytes,6,opt,name=text,proto3" json:"text,omitempty"`
+	Release       string                 `protobuf:"bytes,7,opt,name=release,proto3" json:"release,omitempty"` // v12, "" when it is of none
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2914,6 +2947,13 @@ func (x *LogsResponse) GetStream() string {
 func (x *LogsResponse) GetText() string {
 	if x != nil {
 		return x.Text
+	}
+	return ""
+}
+
+func (x *LogsResponse) GetRelease() string {
+	if x != nil {
+		return x.Release
 	}
 	return ""
 }
@@ -3211,19 +3251,24 @@ const file_m3o_v1_m3o_proto_rawDesc = "" +
 	"\x14ListInstancesRequest\x12\x10\n" +
 	"\x03app\x18\x01 \x01(\tR\x03app\"G\n" +
 	"\x15ListInstancesResponse\x12.\n" +
-	"\tinstances\x18\x01 \x03(\v2\x10.m3o.v1.InstanceR\tinstances\"g\n" +
+	"\tinstances\x18\x01 \x03(\v2\x10.m3o.v1.InstanceR\tinstances\"\xff\x01\n" +
 	"\vLogsRequest\x12\x10\n" +
 	"\x03app\x18\x01 \x01(\tR\x03app\x12\x18\n" +
 	"\aprocess\x18\x02 \x01(\tR\aprocess\x12\x14\n" +
 	"\x05lines\x18\x03 \x01(\x05R\x05lines\x12\x16\n" +
-	"\x06follow\x18\x04 \x01(\bR\x06follow\"\xb8\x01\n" +
+	"\x06follow\x18\x04 \x01(\bR\x06follow\x12\x16\n" +
+	"\x06source\x18\x05 \x01(\tR\x06source\x12\x1a\n" +
+	"\binstance\x18\x06 \x01(\tR\binstance\x120\n" +
+	"\x05since\x18\a \x01(\v2\x1a.google.protobuf.TimestampR\x05since\x120\n" +
+	"\x05until\x18\b \x01(\v2\x1a.google.protobuf.TimestampR\x05until\"\xd2\x01\n" +
 	"\fLogsResponse\x12.\n" +
 	"\x04time\x18\x01 \x01(\v2\x1a.google.protobuf.TimestampR\x04time\x12\x16\n" +
 	"\x06source\x18\x02 \x01(\tR\x06source\x12\x18\n" +
 	"\aprocess\x18\x03 \x01(\tR\aprocess\x12\x1a\n" +
 	"\binstance\x18\x04 \x01(\tR\binstance\x12\x16\n" +
 	"\x06stream\x18\x05 \x01(\tR\x06stream\x12\x12\n" +
-	"\x04text\x18\x06 \x01(\tR\x04text\"\r\n" +
+	"\x04text\x18\x06 \x01(\tR\x04text\x12\x18\n" +
+	"\arelease\x18\a \x01(\tR\arelease\"\r\n" +
 	"\vInfoRequest\"\x8a\x01\n" +
 	"\fInfoResponse\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\tR\aversion\x12\x16\n" +
@@ -3358,59 +3403,61 @@ var file_m3o_v1_m3o_proto_depIdxs = []int32{
 	40, // 18: m3o.v1.SetConfigRequest.vars:type_name -> m3o.v1.Var
 	55, // 19: m3o.v1.Instance.since:type_name -> google.protobuf.Timestamp
 	47, // 20: m3o.v1.ListInstancesResponse.instances:type_name -> m3o.v1.Instance
-	55, // 21: m3o.v1.LogsResponse.time:type_name -> google.protobuf.Timestamp
-	30, // 22: m3o.v1.Release.ProcessesEntry.value:type_name -> m3o.v1.Process
-	1,  // 23: m3o.v1.Auth.Challenge:input_type -> m3o.v1.ChallengeRequest
-	3,  // 24: m3o.v1.Auth.Login:input_type -> m3o.v1.LoginRequest
-	5,  // 25: m3o.v1.Auth.Bootstrap:input_type -> m3o.v1.BootstrapRequest
-	7,  // 26: m3o.v1.Auth.Whoami:input_type -> m3o.v1.WhoamiRequest
-	9,  // 27: m3o.v1.Auth.Logout:input_type -> m3o.v1.LogoutRequest
-	12, // 28: m3o.v1.Keys.Add:input_type -> m3o.v1.AddKeyRequest
-	14, // 29: m3o.v1.Keys.List:input_type -> m3o.v1.ListKeysRequest
-	16, // 30: m3o.v1.Keys.Remove:input_type -> m3o.v1.RemoveKeyRequest
-	18, // 31: m3o.v1.Keys.CreateUser:input_type -> m3o.v1.CreateUserRequest
-	21, // 32: m3o.v1.Apps.Create:input_type -> m3o.v1.CreateAppRequest
-	23, // 33: m3o.v1.Apps.List:input_type -> m3o.v1.ListAppsRequest
-	25, // 34: m3o.v1.Apps.Get:input_type -> m3o.v1.GetAppRequest
-	27, // 35: m3o.v1.Apps.Destroy:input_type -> m3o.v1.DestroyAppRequest
-	31, // 36: m3o.v1.Releases.List:input_type -> m3o.v1.ListReleasesRequest
-	33, // 37: m3o.v1.Releases.Rollback:input_type -> m3o.v1.RollbackRequest
-	36, // 38: m3o.v1.Builds.List:input_type -> m3o.v1.ListBuildsRequest
-	38, // 39: m3o.v1.Builds.Output:input_type -> m3o.v1.BuildOutputRequest
-	41, // 40: m3o.v1.Config.List:input_type -> m3o.v1.ListConfigRequest
-	43, // 41: m3o.v1.Config.Set:input_type -> m3o.v1.SetConfigRequest
-	45, // 42: m3o.v1.Config.Unset:input_type -> m3o.v1.UnsetConfigRequest
-	48, // 43: m3o.v1.Processes.List:input_type -> m3o.v1.ListInstancesRequest
-	50, // 44: m3o.v1.Processes.Logs:input_type -> m3o.v1.LogsRequest
-	52, // 45: m3o.v1.Server.Info:input_type -> m3o.v1.InfoRequest
-	2,  // 46: m3o.v1.Auth.Challenge:output_type -> m3o.v1.ChallengeResponse
-	4,  // 47: m3o.v1.Auth.Login:output_type -> m3o.v1.LoginResponse
-	6,  // 48: m3o.v1.Auth.Bootstrap:output_type -> m3o.v1.BootstrapResponse
-	8,  // 49: m3o.v1.Auth.Whoami:output_type -> m3o.v1.WhoamiResponse
-	10, // 50: m3o.v1.Auth.Logout:output_type -> m3o.v1.LogoutResponse
-	13, // 51: m3o.v1.Keys.Add:output_type -> m3o.v1.AddKeyResponse
-	15, // 52: m3o.v1.Keys.List:output_type -> m3o.v1.ListKeysResponse
-	17, // 53: m3o.v1.Keys.Remove:output_type -> m3o.v1.RemoveKeyResponse
-	19, // 54: m3o.v1.Keys.CreateUser:output_type -> m3o.v1.CreateUserResponse
-	22, // 55: m3o.v1.Apps.Create:output_type -> m3o.v1.CreateAppResponse
-	24, // 56: m3o.v1.Apps.List:output_type -> m3o.v1.ListAppsResponse
-	26, // 57: m3o.v1.Apps.Get:output_type -> m3o.v1.GetAppResponse
-	28, // 58: m3o.v1.Apps.Destroy:output_type -> m3o.v1.DestroyAppResponse
-	32, // 59: m3o.v1.Releases.List:output_type -> m3o.v1.ListReleasesResponse
-	34, // 60: m3o.v1.Releases.Rollback:output_type -> m3o.v1.RollbackResponse
-	37, // 61: m3o.v1.Builds.List:output_type -> m3o.v1.ListBuildsResponse
-	39, // 62: m3o.v1.Builds.Output:output_type -> m3o.v1.BuildOutputResponse
-	42, // 63: m3o.v1.Config.List:output_type -> m3o.v1.ListConfigResponse
-	44, // 64: m3o.v1.Config.Set:output_type -> m3o.v1.SetConfigResponse
-	46, // 65: m3o.v1.Config.Unset:output_type -> m3o.v1.UnsetConfigResponse
-	49, // 66: m3o.v1.Processes.List:output_type -> m3o.v1.ListInstancesResponse
-	51, // 67: m3o.v1.Processes.Logs:output_type -> m3o.v1.LogsResponse
-	53, // 68: m3o.v1.Server.Info:output_type -> m3o.v1.InfoResponse
-	46, // [46:69] is the sub-list for method output_type
-	23, // [23:46] is the sub-list for method input_type
-	23, // [23:23] is the sub-list for extension type_name
-	23, // [23:23] is the sub-list for extension extendee
-	0,  // [0:23] is the sub-list for field type_name
+	55, // 21: m3o.v1.LogsRequest.since:type_name -> google.protobuf.Timestamp
+	55, // 22: m3o.v1.LogsRequest.until:type_name -> google.protobuf.Timestamp
+	55, // 23: m3o.v1.LogsResponse.time:type_name -> google.protobuf.Timestamp
+	30, // 24: m3o.v1.Release.ProcessesEntry.value:type_name -> m3o.v1.Process
+	1,  // 25: m3o.v1.Auth.Challenge:input_type -> m3o.v1.ChallengeRequest
+	3,  // 26: m3o.v1.Auth.Login:input_type -> m3o.v1.LoginRequest
+	5,  // 27: m3o.v1.Auth.Bootstrap:input_type -> m3o.v1.BootstrapRequest
+	7,  // 28: m3o.v1.Auth.Whoami:input_type -> m3o.v1.WhoamiRequest
+	9,  // 29: m3o.v1.Auth.Logout:input_type -> m3o.v1.LogoutRequest
+	12, // 30: m3o.v1.Keys.Add:input_type -> m3o.v1.AddKeyRequest
+	14, // 31: m3o.v1.Keys.List:input_type -> m3o.v1.ListKeysRequest
+	16, // 32: m3o.v1.Keys.Remove:input_type -> m3o.v1.RemoveKeyRequest
+	18, // 33: m3o.v1.Keys.CreateUser:input_type -> m3o.v1.CreateUserRequest
+	21, // 34: m3o.v1.Apps.Create:input_type -> m3o.v1.CreateAppRequest
+	23, // 35: m3o.v1.Apps.List:input_type -> m3o.v1.ListAppsRequest
+	25, // 36: m3o.v1.Apps.Get:input_type -> m3o.v1.GetAppRequest
+	27, // 37: m3o.v1.Apps.Destroy:input_type -> m3o.v1.DestroyAppRequest
+	31, // 38: m3o.v1.Releases.List:input_type -> m3o.v1.ListReleasesRequest
+	33, // 39: m3o.v1.Releases.Rollback:input_type -> m3o.v1.RollbackRequest
+	36, // 40: m3o.v1.Builds.List:input_type -> m3o.v1.ListBuildsRequest
+	38, // 41: m3o.v1.Builds.Output:input_type -> m3o.v1.BuildOutputRequest
+	41, // 42: m3o.v1.Config.List:input_type -> m3o.v1.ListConfigRequest
+	43, // 43: m3o.v1.Config.Set:input_type -> m3o.v1.SetConfigRequest
+	45, // 44: m3o.v1.Config.Unset:input_type -> m3o.v1.UnsetConfigRequest
+	48, // 45: m3o.v1.Processes.List:input_type -> m3o.v1.ListInstancesRequest
+	50, // 46: m3o.v1.Processes.Logs:input_type -> m3o.v1.LogsRequest
+	52, // 47: m3o.v1.Server.Info:input_type -> m3o.v1.InfoRequest
+	2,  // 48: m3o.v1.Auth.Challenge:output_type -> m3o.v1.ChallengeResponse
+	4,  // 49: m3o.v1.Auth.Login:output_type -> m3o.v1.LoginResponse
+	6,  // 50: m3o.v1.Auth.Bootstrap:output_type -> m3o.v1.BootstrapResponse
+	8,  // 51: m3o.v1.Auth.Whoami:output_type -> m3o.v1.WhoamiResponse
+	10, // 52: m3o.v1.Auth.Logout:output_type -> m3o.v1.LogoutResponse
+	13, // 53: m3o.v1.Keys.Add:output_type -> m3o.v1.AddKeyResponse
+	15, // 54: m3o.v1.Keys.List:output_type -> m3o.v1.ListKeysResponse
+	17, // 55: m3o.v1.Keys.Remove:output_type -> m3o.v1.RemoveKeyResponse
+	19, // 56: m3o.v1.Keys.CreateUser:output_type -> m3o.v1.CreateUserResponse
+	22, // 57: m3o.v1.Apps.Create:output_type -> m3o.v1.CreateAppResponse
+	24, // 58: m3o.v1.Apps.List:output_type -> m3o.v1.ListAppsResponse
+	26, // 59: m3o.v1.Apps.Get:output_type -> m3o.v1.GetAppResponse
+	28, // 60: m3o.v1.Apps.Destroy:output_type -> m3o.v1.DestroyAppResponse
+	32, // 61: m3o.v1.Releases.List:output_type -> m3o.v1.ListReleasesResponse
+	34, // 62: m3o.v1.Releases.Rollback:output_type -> m3o.v1.RollbackResponse
+	37, // 63: m3o.v1.Builds.List:output_type -> m3o.v1.ListBuildsResponse
+	39, // 64: m3o.v1.Builds.Output:output_type -> m3o.v1.BuildOutputResponse
+	42, // 65: m3o.v1.Config.List:output_type -> m3o.v1.ListConfigResponse
+	44, // 66: m3o.v1.Config.Set:output_type -> m3o.v1.SetConfigResponse
+	46, // 67: m3o.v1.Config.Unset:output_type -> m3o.v1.UnsetConfigResponse
+	49, // 68: m3o.v1.Processes.List:output_type -> m3o.v1.ListInstancesResponse
+	51, // 69: m3o.v1.Processes.Logs:output_type -> m3o.v1.LogsResponse
+	53, // 70: m3o.v1.Server.Info:output_type -> m3o.v1.InfoResponse
+	48, // [48:71] is the sub-list for method output_type
+	25, // [25:48] is the sub-list for method input_type
+	25, // [25:25] is the sub-list for extension type_name
+	25, // [25:25] is the sub-list for extension extendee
+	0,  // [0:25] is the sub-list for field type_name
 }
 
 func init() { file_m3o_v1_m3o_proto_init() }

@@ -51,6 +51,10 @@ type Process struct {
 //	dial ADDR…       prints whether each can be connected to
 //	lookup NAME…     prints the addresses of each name, or why there are none
 //	fork             makes processes until it may not, prints how many
+//	fds              opens files until it may not, prints how many
+//	fill             writes to /tmp until it may not, prints why
+//	flood N          prints N numbered lines as fast as it can
+//	hog KIND         serve, and takes cpu, memory, fds, tmp, fork or log for ever
 //	size             waits for a line on stdin, prints the size of its terminal
 func Main(ctx context.Context, p Process) int {
 	if len(p.Args) == 0 {
@@ -133,6 +137,27 @@ func Main(ctx context.Context, p Process) int {
 		}
 		say(p.Out, "no limit")
 		return 0
+	case "fds":
+		n := 0
+		for ; n < 1_000_000; n++ {
+			f, err := os.Open("/dev/null")
+			if err != nil {
+				break
+			}
+			defer f.Close() //nolint:errcheck // it ends anyhow
+		}
+		say(p.Out, strconv.Itoa(n))
+		return 0
+	case "fill":
+		say(p.Out, fill("/tmp/filler"))
+		return 0
+	case "flood":
+		n, _ := strconv.Atoi(arg(1))
+		printLines(p.Out, n)
+		return 0
+	case "hog":
+		go hog(p, arg(1))
+		return serve(ctx, p, addr, "serve")
 	case "size":
 		_, _ = bufio.NewReader(p.In).ReadString('\n')
 		say(p.Out, size())
@@ -145,6 +170,79 @@ func Main(ctx context.Context, p Process) int {
 	}
 	say(p.Err, "do not know "+p.Args[0])
 	return 2
+}
+
+// fill writes zeros until that fails, and says why.
+func fill(path string) string {
+	f, err := os.Create(path)
+	if err != nil {
+		return err.Error()
+	}
+	defer os.Remove(path) //nolint:errcheck // a hog
+	defer f.Close()       //nolint:errcheck // a hog
+	block := make([]byte, 1<<20)
+	for {
+		if _, err := f.Write(block); err != nil {
+			return err.Error()
+		}
+	}
+}
+
+// hog takes as much of one thing as it gets, again and again.
+func hog(p Process, kind string) {
+	for {
+		switch kind {
+		case "cpu":
+			for n := 0; n < 8; n++ {
+				go func() {
+					for i := 0; ; i++ { //nolint:revive // that is the point
+						_ = i
+					}
+				}()
+			}
+			select {}
+		case "memory": // until it is killed
+			var hog [][]byte
+			for {
+				b := make([]byte, 4<<20)
+				for i := 0; i < len(b); i += 4096 {
+					b[i] = 1
+				}
+				hog = append(hog, b)
+			}
+		case "fds":
+			var fs []*os.File
+			for {
+				f, err := os.Open("/dev/null")
+				if err != nil {
+					break
+				}
+				fs = append(fs, f)
+			}
+			for _, f := range fs {
+				_ = f.Close()
+			}
+		case "tmp":
+			_ = fill("/tmp/filler")
+		case "fork":
+			var ps []*os.Process
+			for {
+				proc, err := os.StartProcess("/proc/self/exe", []string{"server", "mute"}, &os.ProcAttr{})
+				if err != nil {
+					break
+				}
+				ps = append(ps, proc)
+			}
+			for _, proc := range ps {
+				_ = proc.Kill()
+				_, _ = proc.Wait()
+			}
+		case "log":
+			printLines(p.Out, 10_000)
+		default:
+			return
+		}
+	}
 }
 
 func say(w io.Writer, s string) { _, _ = fmt.Fprintln(w, s) }
