@@ -72,7 +72,7 @@ func (d *Daemon) compile(ctx context.Context, src m3o.Source, tree *source.Tree,
 		return interfaces{}, nil
 	}
 	if err != nil {
-		return interfaces{}, err
+		return interfaces{}, oneLine(err, out)
 	}
 	out.step("Protobuf: %s", summary(res))
 	for _, n := range firstOf(res.Notes, 10) {
@@ -101,6 +101,19 @@ func (d *Daemon) compile(ctx context.Context, src m3o.Source, tree *source.Tree,
 	}
 	in.descriptors, err = d.keepDescriptors(in.set)
 	return in, err
+}
+
+// oneLine shows the faults of an error that has several and leaves one line to
+// end the push with.
+func oneLine(err error, out output) error {
+	faults := strings.Split(err.Error(), "\n")
+	if m3o.KindOf(err) != m3o.Invalid || len(faults) == 1 {
+		return err
+	}
+	for _, f := range faults {
+		out.warn("%s", f)
+	}
+	return &m3o.Error{Kind: m3o.Invalid, Msg: "the .proto files do not compile: " + faults[0], Hint: m3o.HintOf(err), Err: err}
 }
 
 func summary(res *protobuf.Result) string {
@@ -158,19 +171,23 @@ func (d *Daemon) gate(ctx context.Context, src m3o.Source, plan *buildpacks.Plan
 	}
 	used := d.calls(ctx, src.App)
 	var told []string
+	last := ""
 	for _, c := range changes {
 		if at := res.Sources.Path(c.File); !c.Old || exists(res.Sources.Tree, at) {
 			c.File = at
 		}
 		breaks = append(breaks, c.String())
 		told = append(told, c.String())
-		if u := usage(used, c.Methods); u != "" {
-			told = append(told, "  "+u)
+		if u := usage(used, c.Methods); u != "" && u != last {
+			told, last = append(told, "  "+u), u
 		}
 	}
 	what := count(len(changes), "breaking change") + " of the API of " + live.Name()
 	if !slices.Contains(src.Options, allowBreaking) {
-		return "", nil, &m3o.Error{Kind: m3o.Invalid, Msg: strings.Join(append(firstOf(told, 40), what+"; nothing was built"), "\n"),
+		for _, l := range firstOf(told, 40) {
+			out.warn("%s", l)
+		}
+		return "", nil, &m3o.Error{Kind: m3o.Invalid, Msg: what + "; nothing was built",
 			Hint: "keep what callers use and add beside it, or push with -o " + allowBreaking}
 	}
 	out.warn("%s, allowed by -o %s:", what, allowBreaking)

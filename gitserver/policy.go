@@ -50,12 +50,12 @@ func (p policy) check(h header) error {
 	}
 	for _, o := range h.options {
 		switch o {
-		case optNoDeploy, optForceRebuild:
-		case optAllowBreaking, optPreview:
+		case optNoDeploy, optForceRebuild, optAllowBreaking:
+		case optPreview:
 			return m3o.Errorf(m3o.Invalid, "push option %s is not available in this version", o)
 		default:
 			return &m3o.Error{Kind: m3o.Invalid, Msg: fmt.Sprintf("there is no push option %q", o),
-				Hint: "the options are " + optNoDeploy + " and " + optForceRebuild}
+				Hint: "the options are " + optNoDeploy + ", " + optForceRebuild + " and " + optAllowBreaking}
 		}
 	}
 	seen := map[string]bool{}
