@@ -110,6 +110,12 @@ func (d *Daemon) destroyApp(ctx context.Context, app string) error {
 	if err := errors.Join(d.dropCerts(ctx, app), d.dropHosting(ctx, app)); err != nil {
 		return err
 	}
+	if err := d.canaries.Delete(ctx, app, 0); err != nil && m3o.KindOf(err) != m3o.NotFound {
+		return fmt.Errorf("forget canary: %w", err)
+	}
+	if err := d.access.forget(ctx, app); err != nil {
+		return err
+	}
 	if err := d.ledger.DestroyApp(ctx, app); err != nil {
 		return err
 	}

@@ -51,6 +51,8 @@ type Config struct {
 	LogAge     time.Duration // lines of apps' logs are kept this long
 	LogSize    int           // MB kept of the logs of an app's instances that are gone
 	AccessLog  int           // requests a second that get a line in their app's log; default 1000, -1 for none
+
+	DefaultAccess string // "public" or "private": who may use the URL of an app of which nothing was set
 }
 
 // option ties one field of Config to its flag, variable and key.
@@ -128,6 +130,7 @@ var options = []option{
 	str("acme-dns", "file that says how to set DNS records of the domain, for a wildcard certificate", func(c *Config) *string { return &c.ACMEDNS }),
 	str("acme-trust", "PEM file of certificates to trust the ACME CA by (default: the system's)", func(c *Config) *string { return &c.ACMETrust }),
 	str("dns-servers", "host:port,… asked about domains (default: the system's)", func(c *Config) *string { return &c.DNSServers }),
+	str("default-access", "who may use the URL of an app of which nothing was set: public or private", func(c *Config) *string { return &c.DefaultAccess }),
 	str("log-level", "debug, info, warn or error", func(c *Config) *string { return &c.LogLevel }),
 	dur("log-age", "how long lines of apps' logs are kept (default 168h)", func(c *Config) *time.Duration { return &c.LogAge }),
 	number("log-size", "MB that are kept of the logs of an app's instances that are gone (default 200)", func(c *Config) *int { return &c.LogSize }),
@@ -262,6 +265,7 @@ func (c *Config) Validate() error {
 	c.LogAge = cmp.Or(c.LogAge, 7*24*time.Hour)
 	c.LogSize = cmp.Or(c.LogSize, 200)
 	c.AccessLog = cmp.Or(c.AccessLog, 1000)
+	def(&c.DefaultAccess, "public")
 	if c.BuildTimeout == 0 {
 		c.BuildTimeout = 15 * time.Minute
 	}
@@ -324,6 +328,9 @@ func (c *Config) Validate() error {
 		if _, port, err := net.SplitHostPort(s); err != nil || port == "" {
 			bad("dns-servers: %q is not host:port", s)
 		}
+	}
+	if !slices.Contains([]string{"public", "private"}, c.DefaultAccess) {
+		bad("default-access: %q is neither public nor private", c.DefaultAccess)
 	}
 	if !slices.Contains([]string{"debug", "info", "warn", "error"}, c.LogLevel) {
 		bad("log-level: %q is none of debug, info, warn, error", c.LogLevel)

@@ -39,17 +39,19 @@ type Daemon struct {
 	configKey [32]byte
 	caPEM     []byte // the internal CA's certificate
 
-	store   *store.Store
-	auth    *auth.Auth
-	config  *config.Config
-	ledger  *release.Ledger
-	driver  driver
-	builder builder
-	git     *gitserver.Server
-	router  router.Client
-	routes  *routes
-	hosting hosting
-	certs   *certs.Manager // nil without ACME
+	store    *store.Store
+	auth     *auth.Auth
+	config   *config.Config
+	ledger   *release.Ledger
+	driver   driver
+	builder  builder
+	git      *gitserver.Server
+	router   router.Client
+	routes   *routes
+	hosting  hosting
+	access   *access
+	canaries *store.Bucket[canary]
+	certs    *certs.Manager // nil without ACME
 
 	ownCerts  *store.Bucket[ownCert]
 	domainsMu sync.Mutex // orders changes of domains
@@ -119,6 +121,12 @@ func New(ctx context.Context, cfg Config, version string, log *slog.Logger) (_ *
 	}
 	d.router = router.Client{Socket: d.controlSocket()}
 	d.routes = newRoutes(cfg.Domain, "unix:"+d.apiSocket(), d.router, log)
+	if d.access, err = openAccess(ctx, d.store, cfg.DefaultAccess == "private", d.routes); err != nil {
+		return nil, err
+	}
+	if d.canaries, err = openCanaries(ctx, d.store); err != nil {
+		return nil, err
+	}
 	if err := d.openCerts(ctx); err != nil {
 		return nil, err
 	}

@@ -217,7 +217,10 @@ func (l *deployment) Done(ctx context.Context, moved bool, w io.Writer) error {
 	out.line("Released %s in %s (%s)", l.rel.Name(), seconds(time.Since(l.began)), took)
 	if _, ok := l.rel.Processes[webProcess]; ok {
 		out.line("%s", l.d.url(l.rel.App))
-		out.line("Access: public")
+		out.line("%s", l.d.accessLine(l.rel.App))
+	}
+	if err := l.d.dropCanary(ctx, l.rel.App); err != nil {
+		l.d.log.Error("end canary", "app", l.rel.App, "err", err)
 	}
 	l.d.tellKept(ctx, l.rel.App)
 	l.d.retire(l.rel.App, l.previous)

@@ -92,6 +92,9 @@ func (d *Daemon) startLive(ctx context.Context) error {
 		d.routes.setLive(app.Name, rel.Version)
 		d.tellKept(ctx, app.Name)
 	}
+	if err := d.recoverCanaries(ctx, want); err != nil {
+		return err
+	}
 	ectx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	stale := map[runtime.Ref]bool{}

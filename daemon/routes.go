@@ -36,9 +36,11 @@ type routes struct {
 	api    string // endpoint of the daemon's API
 	router tables
 	log    *slog.Logger
-	told   func(old, now m3o.Instance) // of a change that follow has taken in; old is zero for a new one
+	told   func(old, now m3o.Instance)     // of a change that follow has taken in; old is zero for a new one
+	policy func(app string) *router.Policy // what app asks of its requests; nil for nothing
 
 	mu        sync.Mutex // guards what follows
+	canaries  map[string]canary
 	live      map[string]int
 	kept      map[string][]int // releases a rollback offers, which have a host of their own
 	hosts     map[string][]alias
@@ -70,6 +72,7 @@ type mode struct{ maintenance, paused bool }
 
 func newRoutes(domain, api string, rt tables, log *slog.Logger) *routes {
 	return &routes{domain: domain, api: api, router: rt, log: log, told: func(_, _ m3o.Instance) {},
+		policy: func(string) *router.Policy { return nil }, canaries: map[string]canary{},
 		live: map[string]int{}, kept: map[string][]int{}, hosts: map[string][]alias{}, modes: map[string]mode{},
 		instances: map[string]m3o.Instance{}, byApp: map[string]map[string]bool{}, traits: map[appVersion]traits{},
 		dirty: map[string]bool{}, whole: true, held: true, changed: make(chan struct{}), wake: make(chan struct{}, 1)}
@@ -140,6 +143,7 @@ func (r *routes) destroy(app string) {
 	delete(r.kept, app)
 	delete(r.hosts, app)
 	delete(r.modes, app)
+	delete(r.canaries, app)
 	r.touch(app)
 }
 
@@ -170,6 +174,61 @@ func (r *routes) setMode(ctx context.Context, app string, m mode) error {
 	gen := r.touch(app)
 	r.mu.Unlock()
 	return r.wait(ctx, gen)
+}
+
+// repolicy has the router follow a change of app's policy.
+func (r *routes) repolicy(ctx context.Context, app string) error {
+	r.mu.Lock()
+	gen := r.touch(app)
+	r.mu.Unlock()
+	return r.wait(ctx, gen)
+}
+
+// canary is a release that takes a part of an app's requests.
+type canary struct {
+	Version int     `json:"version"`
+	Percent float64 `json:"percent"`
+	Sticky  string  `json:"sticky,omitempty"`
+}
+
+// setCanary makes c the canary of app, the zero one for none, and returns once
+// the router divides the requests so.
+func (r *routes) setCanary(ctx context.Context, app string, c canary) error {
+	r.mu.Lock()
+	r.canaries[app] = c
+	if c.Version == 0 {
+		delete(r.canaries, app)
+	}
+	gen := r.touch(app)
+	r.mu.Unlock()
+	return r.wait(ctx, gen)
+}
+
+// adoptCanary is setCanary without waiting for the router, for a daemon that starts.
+func (r *routes) adoptCanary(app string, c canary) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.canaries[app] = c
+	r.touch(app)
+}
+
+// canaryOf is the canary of app, the zero one for none.
+func (r *routes) canaryOf(app string) canary {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.canaries[app]
+}
+
+// endpoints are the ready web instances of a release. The caller holds mu.
+func (r *routes) endpoints(app string, version int) []string {
+	var eps []string
+	for id := range r.byApp[app] {
+		if in := r.instances[id]; in.Phase == m3o.Ready && in.Addr != "" && in.Process == webProcess && in.Release == version {
+			eps = append(eps, in.Addr)
+		}
+	}
+	slices.Sort(eps)
+	return eps
 }
 
 // point makes version the one that app's host leads to, 0 for none, and
@@ -264,20 +323,19 @@ func (r *routes) rows(app string) []router.Host {
 	if version == 0 {
 		return nil
 	}
-	var eps []string
-	for id := range r.byApp[app] {
-		if in := r.instances[id]; in.Phase == m3o.Ready && in.Addr != "" && in.Process == webProcess && in.Release == version {
-			eps = append(eps, in.Addr)
-		}
-	}
-	slices.Sort(eps)
+	eps, policy := r.endpoints(app, version), r.policy(app)
 	row := func(v int, eps []string) router.Host {
 		tr, m := r.traits[appVersion{app, v}], r.modes[app]
 		return router.Host{Kind: router.KindApp, App: app, Release: v, Endpoints: eps, Protocol: cmp.Or(tr.Protocol, router.HTTP1),
-			Descriptors: tr.Descriptors, Maintenance: m.maintenance, Paused: m.paused}
+			Descriptors: tr.Descriptors, Maintenance: m.maintenance, Paused: m.paused, Policy: policy}
 	}
 	main := row(version, eps)
 	main.Name = app + "." + r.domain
+	if c := r.canaries[app]; c.Version != 0 && c.Version != version {
+		tr := r.traits[appVersion{app, c.Version}]
+		main.Canary = &router.Canary{Release: c.Version, Endpoints: r.endpoints(app, c.Version), Protocol: cmp.Or(tr.Protocol, router.HTTP1),
+			Descriptors: tr.Descriptors, Percent: c.Percent, Sticky: c.Sticky}
+	}
 	rows := []router.Host{main}
 	for _, al := range r.hosts[app] {
 		h := main

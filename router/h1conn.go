@@ -180,7 +180,7 @@ func (p *h1pool) prune(max time.Duration) {
 
 // origin is what the router tells an app about where a request came from. It
 // replaces whatever the client said about itself.
-type origin struct{ ip, proto, host, id string }
+type origin struct{ ip, proto, host, id, caller string }
 
 // hop says that the client's header k is not passed on: because it is about
 // the client's connection, is written anew, or would speak for the router.
@@ -232,6 +232,9 @@ func (c *h1conn) writeHead(r *http.Request, o *origin, upgrade string, expect bo
 	line("X-Forwarded-Proto", o.proto)
 	line("X-Forwarded-Host", o.host)
 	line("X-Request-Id", o.id)
+	if o.caller != "" {
+		line(callerHeader, o.caller)
+	}
 	if upgrade != "" {
 		line("Connection", "Upgrade")
 		line("Upgrade", upgrade)

@@ -30,6 +30,8 @@ type request struct {
 	rec    recorder // what w is
 	caller string   // who was let in, "" when nobody had to say
 	why    string   // why the router answered in the app's stead
+
+	toCanary bool // host is the canary of the one that was found
 }
 
 // maxTries is to how many endpoints one request may be sent.
@@ -96,11 +98,14 @@ func (q *request) relay(rest string) {
 		a.inflight.Add(-1)
 	}()
 	q.setOrigin()
-	if err := q.acquire(); err != nil {
-		q.failed("no endpoint", err)
-		problemOf(err, q.host.App).write(q.w, q.r)
-	} else {
-		q.serve(rest)
+	if q.admit(rest) {
+		q.divide()
+		if err := q.acquire(); err != nil {
+			q.failed("no endpoint", err)
+			problemOf(err, q.host.App).write(q.w, q.r)
+		} else {
+			q.serve(rest)
+		}
 	}
 	broken = false
 }
@@ -228,10 +233,14 @@ func (rt *Router) redirect(w http.ResponseWriter, r *http.Request, name string, 
 // lookup finds the host again, in the table of now.
 func (q *request) lookup() *host {
 	l := q.rt.live.Load()
+	h := l.find(q.key)
 	if q.byApp {
-		return l.apps.get(q.key)
+		h = l.apps.get(q.key)
 	}
-	return l.find(q.key)
+	if h != nil && q.toCanary && h.canary != nil && len(h.canary.pool) > 0 {
+		return h.canary
+	}
+	return h
 }
 
 // acquire counts the request in on an endpoint of its host.
@@ -355,4 +364,11 @@ func (q *request) claim(h http.Header) {
 	h["X-Forwarded-Proto"] = []string{q.origin.proto}
 	h["X-Forwarded-Host"] = []string{q.origin.host}
 	h["X-Request-Id"] = []string{q.origin.id}
+	if q.caller != "" {
+		h[callerHeader] = []string{q.caller}
+	}
 }
+
+// callerHeader tells an app who was let in: "key:ID" or "user:NAME". What a
+// client sends of it is taken out.
+const callerHeader = "X-M3o-Caller"

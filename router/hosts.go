@@ -32,6 +32,18 @@ func (l *live) find(name string) *host {
 	return nil
 }
 
+// apiEndpoint is where the daemon's API is served, nil when the table has none.
+func (rt *Router) apiEndpoint() *endpoint {
+	l := rt.live.Load()
+	if l == nil {
+		return nil
+	}
+	if h := l.hosts.get("api." + l.domain); h != nil && h.Kind == KindAPI && len(h.pool) > 0 {
+		return h.pool[0]
+	}
+	return nil
+}
+
 // isMain says that h is the host an app is known by.
 func (l *live) isMain(h *host) bool { return h.Name == h.App+"."+l.domain }
 
@@ -144,8 +156,23 @@ func (rt *Router) newHost(row Host) *host {
 		rt.apps[row.App] = h.app
 	}
 	h.app.rows[row.Release]++
-	id := releaseID{row.App, row.Release}
-	for _, addr := range row.Endpoints {
+	h.policy = compilePolicy(row.Policy)
+	h.pool = rt.pool(releaseID{row.App, row.Release}, row.Endpoints)
+	if c := row.Canary; c != nil {
+		h.app.rows[c.Release]++
+		own := row
+		own.Release, own.Endpoints, own.Protocol, own.Descriptors, own.Canary = c.Release, c.Endpoints, c.Protocol, c.Descriptors, nil
+		h.canary = &host{Host: own, app: h.app, grpc: c.Protocol == GRPC, h2: c.Protocol == GRPC || c.Protocol == H2C, policy: h.policy,
+			api: &m3o.API{App: row.App, Release: c.Release, Schema: c.Descriptors}, pool: rt.pool(releaseID{row.App, c.Release}, c.Endpoints)}
+	}
+	return h
+}
+
+// pool is the endpoints of a release, each with one more row that has it.
+// rt.mu is held.
+func (rt *Router) pool(id releaseID, addrs []string) []*endpoint {
+	var pool []*endpoint
+	for _, addr := range addrs {
 		k := endpointID{id, addr}
 		e := rt.endpoints[k]
 		if e == nil {
@@ -153,14 +180,17 @@ func (rt *Router) newHost(row Host) *host {
 			rt.endpoints[k] = e
 		}
 		e.refs++
-		h.pool = append(h.pool, e)
+		pool = append(pool, e)
 	}
-	return h
+	return pool
 }
 
 // drop forgets a row. It returns the endpoints that no row has any more.
 // rt.mu is held.
 func (rt *Router) drop(h *host) (gone []*endpoint) {
+	if h.canary != nil {
+		gone = rt.drop(h.canary)
+	}
 	if h.app.rows[h.Release]--; h.app.rows[h.Release] == 0 {
 		delete(h.app.rows, h.Release)
 	}

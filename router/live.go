@@ -20,7 +20,9 @@ type host struct {
 	pool []*endpoint
 	// grpc and h2 say how to speak to the endpoints.
 	grpc, h2 bool
-	api      *m3o.API // for the gateway
+	api      *m3o.API  // for the gateway
+	policy   *compiled // nil: everybody may everything
+	canary   *host     // nil for none
 	sum      digest
 }
 

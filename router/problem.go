@@ -14,23 +14,25 @@ import (
 
 // The gRPC status codes the router itself answers with.
 const (
-	grpcCancelled     = 1
-	grpcInvalid       = 3
-	grpcDeadline      = 4
-	grpcDenied        = 7
-	grpcExhausted     = 8
-	grpcUnimplemented = 12
-	grpcInternal      = 13
-	grpcUnavailable   = 14
+	grpcCancelled       = 1
+	grpcInvalid         = 3
+	grpcDeadline        = 4
+	grpcDenied          = 7
+	grpcExhausted       = 8
+	grpcUnimplemented   = 12
+	grpcInternal        = 13
+	grpcUnavailable     = 14
+	grpcUnauthenticated = 16
 )
 
 // problem is an answer the router gives in an app's stead.
 type problem struct {
-	code int // HTTP
-	grpc int
-	app  string
-	msg  string
-	hint string
+	code   int // HTTP
+	grpc   int
+	app    string
+	msg    string
+	hint   string
+	header http.Header // set beside the body
 }
 
 // problemOf turns an error of ours into an answer.
@@ -73,6 +75,7 @@ func wantsJSON(r *http.Request) bool {
 var connectCodes = map[int]string{
 	grpcCancelled: "canceled", grpcInvalid: "invalid_argument", grpcDeadline: "deadline_exceeded", grpcDenied: "permission_denied",
 	grpcExhausted: "resource_exhausted", grpcUnimplemented: "unimplemented", grpcInternal: "internal", grpcUnavailable: "unavailable",
+	grpcUnauthenticated: "unauthenticated",
 }
 
 // connect is the answer to a client of the Connect protocol: an error object,
@@ -103,6 +106,9 @@ func isConnect(r *http.Request) bool {
 func (p problem) write(w http.ResponseWriter, r *http.Request) {
 	h := w.Header()
 	clear(h)
+	for k, v := range p.header {
+		h[k] = v
+	}
 	text := p.msg
 	if p.hint != "" {
 		text += " (" + p.hint + ")"

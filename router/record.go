@@ -46,8 +46,8 @@ const (
 // statusGone is nginx's status for a client that left before the answer.
 const statusGone = 499
 
-// failed says that the request went wrong on the serving side.
-func (r *Record) failed() bool {
+// Failed says that the request went wrong on the serving side.
+func (r *Record) Failed() bool {
 	if r.Broken || r.Status >= 500 {
 		return true
 	}
@@ -65,6 +65,7 @@ type recorder struct {
 	status int
 	out    int64
 	call   rpcNote
+	cookie string // to set on the answer, "" for none
 }
 
 type rpcNote struct {
@@ -76,15 +77,24 @@ type rpcNote struct {
 // WriteHeader implements http.ResponseWriter.
 func (c *recorder) WriteHeader(status int) {
 	if c.status == 0 && (status >= 200 || status == http.StatusSwitchingProtocols) {
-		c.status = status
+		c.begin(status)
 	}
 	c.ResponseWriter.WriteHeader(status)
+}
+
+// begin is called before the head of the final answer goes out.
+func (c *recorder) begin(status int) {
+	c.status = status
+	if c.cookie != "" {
+		h := c.Header()
+		h["Set-Cookie"] = append(h["Set-Cookie"], c.cookie)
+	}
 }
 
 // Write implements http.ResponseWriter.
 func (c *recorder) Write(p []byte) (int, error) {
 	if c.status == 0 {
-		c.status = http.StatusOK
+		c.begin(http.StatusOK)
 	}
 	n, err := c.ResponseWriter.Write(p)
 	c.out += int64(n)
@@ -94,7 +104,7 @@ func (c *recorder) Write(p []byte) (int, error) {
 // Flush implements http.Flusher.
 func (c *recorder) Flush() {
 	if c.status == 0 {
-		c.status = http.StatusOK
+		c.begin(http.StatusOK)
 	}
 	if f, ok := c.ResponseWriter.(http.Flusher); ok {
 		f.Flush()

@@ -135,6 +135,9 @@ type Router struct {
 	tails   tails
 	lobby   lobby
 
+	verdicts verdicts
+	limiter  *limiter
+
 	keep sync.Mutex // orders writes of the table's file and guards kept; taken before mu
 	kept uint64     // number of the table in the file
 
@@ -153,9 +156,12 @@ func New(cfg Config) (*Router, error) {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
 	rt := &Router{cfg: cfg, limits: cfg.Limits.withDefaults(), log: cfg.Log, started: time.Now(),
-		retired: map[releaseID][]*endpoint{}, endpoints: map[endpointID]*endpoint{}, apps: map[string]*app{}}
+		retired: map[releaseID][]*endpoint{}, endpoints: map[endpointID]*endpoint{}, apps: map[string]*app{}, limiter: newLimiter()}
 	if cfg.State == "" {
 		return nil, m3o.Errorf(m3o.Invalid, "router needs a file for its table")
+	}
+	if err := rt.limiter.load(rt.quotaFile()); err != nil {
+		rt.log.Warn("quotas start anew", "err", err)
 	}
 	if cfg.HTTPS != nil {
 		ca, err := LoadCA(cfg.CA)
@@ -183,6 +189,16 @@ func New(cfg Config) (*Router, error) {
 	l.seq = seq
 	rt.live.Store(l)
 	return rt, nil
+}
+
+// quotaFile keeps what has been used of quotas, beside the table.
+func (rt *Router) quotaFile() string { return rt.cfg.State + ".quotas" }
+
+// saveQuotas keeps what has been used of quotas for the next router.
+func (rt *Router) saveQuotas() {
+	if err := rt.limiter.save(rt.quotaFile(), time.Now()); err != nil {
+		rt.log.Warn("quotas are not kept", "err", err)
+	}
 }
 
 // Put makes t the table: checked, on disk, then live in one step. After an
@@ -443,6 +459,7 @@ func (rt *Router) Run(ctx context.Context) error {
 	rt.shutdown(ctx, srv, lns)
 	wg.Wait()
 	rt.closeIdle()
+	rt.saveQuotas()
 	rt.mu.Lock()
 	rt.journal.close()
 	rt.mu.Unlock()
@@ -500,6 +517,7 @@ func (rt *Router) housekeep(ctx context.Context) {
 		case <-tick.C:
 			rt.each(func(e *endpoint) { e.h1.prune(rt.limits.UpstreamIdle) })
 			rt.compact()
+			rt.saveQuotas()
 		}
 	}
 }

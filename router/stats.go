@@ -116,7 +116,7 @@ func (s *stats) add(r *Record) {
 	c := s.of(k)
 	b := bucketOf(r.Took)
 	now := r.Time.Add(r.Took).Unix() / 60
-	bad := r.failed()
+	bad := r.Failed()
 	c.mu.Lock()
 	c.count++
 	c.sum += r.Took

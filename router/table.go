@@ -74,10 +74,8 @@ type Host struct {
 	// Paused holds requests until it is false again, for Limits.Hold at most.
 	Paused bool    `json:"paused,omitempty"`
 	Policy *Policy `json:"policy,omitempty"` // nil: everybody may everything
+	Canary *Canary `json:"canary,omitempty"` // another release that takes a part of the requests
 }
-
-// A Policy is what an app asks of its requests before they reach it.
-type Policy struct{}
 
 // A Change is what one table has and another has not, so that the work of a
 // change does not grow with the table.
@@ -201,15 +199,25 @@ func (h *Host) validate(fault func(string, ...any)) {
 	if h.Descriptors != "" && (!filepath.IsAbs(h.Descriptors) || filepath.Clean(h.Descriptors) != h.Descriptors) {
 		fault("host %q: descriptors %q is not a clean absolute path", h.Name, h.Descriptors)
 	}
-	if len(h.Endpoints) > maxEndpoints {
-		fault("host %q has %d endpoints, more than %d", h.Name, len(h.Endpoints), maxEndpoints)
+	validateEndpoints(h.Name, h.Endpoints, fault)
+	if h.Policy != nil {
+		h.Policy.validate(fault)
 	}
-	for i, e := range h.Endpoints {
+	if h.Canary != nil {
+		h.Canary.validate(h, fault)
+	}
+}
+
+func validateEndpoints(name string, endpoints []string, fault func(string, ...any)) {
+	if len(endpoints) > maxEndpoints {
+		fault("host %q has %d endpoints, more than %d", name, len(endpoints), maxEndpoints)
+	}
+	for i, e := range endpoints {
 		if _, _, err := splitEndpoint(e); err != nil {
-			fault("host %q: %v", h.Name, err)
+			fault("host %q: %v", name, err)
 		}
-		if slices.Contains(h.Endpoints[:i], e) {
-			fault("host %q has endpoint %q twice", h.Name, e)
+		if slices.Contains(endpoints[:i], e) {
+			fault("host %q has endpoint %q twice", name, e)
 		}
 	}
 }

@@ -154,6 +154,9 @@ type client struct {
 	domains   m3ov1connect.DomainsClient
 	certs     m3ov1connect.CertificatesClient
 	traffic   m3ov1connect.TrafficClient
+	access    m3ov1connect.AccessClient
+	requests  m3ov1connect.RequestsClient
+	canary    m3ov1connect.CanaryClient
 }
 
 // connect is a client of the server that the environment or login names.
@@ -215,6 +218,9 @@ func clientWith(t target, conf *tls.Config) *client {
 		domains:   m3ov1connect.NewDomainsClient(h, base, opts...),
 		certs:     m3ov1connect.NewCertificatesClient(h, base, opts...),
 		traffic:   m3ov1connect.NewTrafficClient(h, base, opts...),
+		access:    m3ov1connect.NewAccessClient(h, base, opts...),
+		requests:  m3ov1connect.NewRequestsClient(h, base, opts...),
+		canary:    m3ov1connect.NewCanaryClient(h, base, opts...),
 	}
 }
 
@@ -256,7 +262,8 @@ func (c caller) WrapUnary(next connect.UnaryFunc) connect.UnaryFunc {
 		limit := callTime
 		switch req.Spec().Procedure {
 		case m3ov1connect.ReleasesRollbackProcedure, m3ov1connect.ConfigSetProcedure,
-			m3ov1connect.ConfigUnsetProcedure, m3ov1connect.AppsDestroyProcedure:
+			m3ov1connect.ConfigUnsetProcedure, m3ov1connect.AppsDestroyProcedure,
+			m3ov1connect.CanarySetProcedure, m3ov1connect.CanaryPromoteProcedure:
 			limit = deployTime
 		}
 		ctx, cancel := context.WithTimeout(ctx, limit)

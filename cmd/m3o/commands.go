@@ -2,11 +2,35 @@ package main
 
 import "slices"
 
-// commands is the table of everything m3o does, in the order of its help.
+// commands is the table of everything m3o does. Groups come in the order of
+// their first command.
 func commands() []*command {
+	all := slices.Concat(
+		basicCommands(),
+		accessCommands(),
+		requestCommands(),
+		scheduleCommands(),
+		domainsCommands(),
+		runCommands(),
+		logCommands(),
+		doctorCommands(),
+		helpCommands(),
+	)
+	order := map[string]int{}
+	for _, c := range all {
+		if _, ok := order[c.group]; !ok {
+			order[c.group] = len(order)
+		}
+	}
+	slices.SortStableFunc(all, func(a, b *command) int { return order[a.group] - order[b.group] })
+	return all
+}
+
+// basicCommands are about the session, apps, releases, config, instances, keys and users.
+func basicCommands() []*command {
 	number := flag{"number", "n", "N", "how many"}
 	noRestart := flag{"no-restart", "", "", "keep the change for the next release"}
-	return slices.Concat([]*command{
+	return []*command{
 		{name: "login", group: "Session", args: "[URL]", max: 1, run: runLogin, completes: "server",
 			short: "Log in to a server by your SSH key",
 			long: `The server is challenged and the key signs: the one of --key, else those of the SSH agent, else ~/.ssh/id_ed25519,
@@ -101,7 +125,12 @@ history. One newline at the end is left out. With --secret the values of this co
 		{name: "users:create", group: "Keys and users", args: "NAME", min: 1, max: 1, run: runUsersCreate,
 			short: "Make a user (admins)", example: "m3o users:create ada --key ada.pub",
 			flags: []flag{{"admin", "", "", "who may do everything"}, {"key", "", "FILE", "their public SSH key"}}},
+	}
+}
 
+// helpCommands are about m3o itself, and what says where a command went.
+func helpCommands() []*command {
+	return []*command{
 		{name: "completion", group: "Help", args: "bash|zsh|fish", min: 1, max: 1, run: runCompletion, completes: "shell",
 			short: "Print what makes a shell complete m3o", long: "Commands, flags, and names from the server, which has a second to answer.",
 			example: `source <(m3o completion bash)` + "\n" + `m3o completion fish > ~/.config/fish/completions/m3o.fish`},
@@ -112,5 +141,5 @@ history. One newline at the end is left out. With --secret the values of this co
 		{name: "update", hidden: true, max: -1, run: instead("there is no update: a push is one", "git push m3o main")},
 		{name: "deploy", hidden: true, max: -1, run: instead("there is no deploy: a push is one", "git push m3o main")},
 		{name: "__complete", hidden: true, max: -1, run: runComplete},
-	}, scheduleCommands(), domainsCommands(), runCommands(), logCommands(), doctorCommands())
+	}
 }

@@ -107,7 +107,7 @@ while IFS= read -r COMP_LINE; do
   echo "${COMPREPLY[*]}"
 done`
 	for line, want := range map[string]string{
-		"m3o rele":                      "releases releases:list releases:info releases:rollback",
+		"m3o config":                    "config config:list config:set config:add config:get config:unset config:remove config:del",
 		"m3o config:s":                  "set",
 		"m3o logs --fo":                 "--follow",
 		"m3o logs h":                    "hello",
