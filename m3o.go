@@ -54,6 +54,7 @@ type Source struct {
 	User       string   // who caused it
 	Via        string   // "git push", "rollback", "webhook" …
 	Options    []string // git push options, as sent
+	Image      string   // an image to release instead of a build of Commit: "sha256:…" in the image store, or a registry's reference
 }
 
 // BuildStatus says how far a build has come.
@@ -82,6 +83,17 @@ type Build struct {
 	Error           string // the one line the pusher saw last; empty unless Failed
 	Started         time.Time
 	Finished        time.Time // zero while running
+
+	Builder string // "go", "dockerfile" or "image"
+	Size    int64  // of the image's layers, bytes
+	Steps   []BuildStep
+}
+
+// A BuildStep is one part of a build, for the record of where the time went.
+type BuildStep struct {
+	Name   string
+	Took   time.Duration
+	Cached bool
 }
 
 // A Process is one process type of a release: what it runs and how many.

@@ -25,7 +25,7 @@ const (
 
 // A Plan says how to build a tree and what to run from the image.
 type Plan struct {
-	Builder   string                 // "go"
+	Builder   string                 // "go" or "dockerfile"
 	Toolchain string                 // the oldest one that will do, "go1.26.3" or "go1.26"; the builder picks
 	Dir       string                 // build root inside the tree, "." or "services/api"
 	Targets   []Target               // at least one, each with a Path of its own
@@ -34,6 +34,11 @@ type Plan struct {
 	Health    m3o.Health
 	Env       map[string]string // put into the image
 	Vendor    bool              // dependencies come with the tree
+	Go        Go                // how a "go" plan compiles
+	Docker    Docker            // what a "dockerfile" plan builds
+	Copy      []string          // files, folders and patterns below Dir that go into the image, below AppDir
+	Private   []string          // module path patterns that no public proxy serves
+	Secrets   []string          // names of the config vars the build reads
 	Notes     []string          // lines for the pusher
 	Files     Files             // what the tree's own files say; Files.Apply sets it
 }
@@ -43,4 +48,22 @@ type Target struct {
 	Name    string // file name of the binary
 	Package string // relative to Plan.Dir: "." or "./cmd/web"
 	Path    string // in the image: "/app/web"
+}
+
+// Go says how the go command is called.
+type Go struct {
+	Work       string   // the go.work to build in, in the tree; "" for none
+	Tags       []string // build tags
+	LDFlags    string   // $VERSION, $COMMIT and $TIME stand for those of the commit
+	Flags      []string // GOFLAGS
+	Experiment []string // GOEXPERIMENT
+	Test, Vet  bool     // gates
+}
+
+// Docker says which Dockerfile to build. Dir is the context.
+type Docker struct {
+	File   string            // in the tree
+	Target string            // stage, "" for the last
+	Args   map[string]string // values of ARG lines
+	Images map[string]string // what FROM lines name, by the OCI layout in the tree that stands for it
 }

@@ -26,6 +26,7 @@ type BuildKeys struct {
 	Dockerfile string            // clean slash path inside Dir, "" for none named
 	Target     string            // stage of the Dockerfile
 	Args       map[string]string // of the Dockerfile
+	Images     map[string]string // of FROM lines, by the OCI layout in the tree that stands for each
 }
 
 func buildKeys() []key[Manifest] {
@@ -45,7 +46,7 @@ func buildKeys() []key[Manifest] {
 					}
 				}),
 			texts("tags", "Go build tags.", matching(regexp.MustCompile(`[A-Za-z_][A-Za-z0-9_.]*`), "is not a build tag", "write one name an item, such as - netgo"), func(b *B) *[]string { return &b.Tags }),
-			text("ldflags", "Flags for the Go linker, beside `-s -w`. `$VERSION`, `$COMMIT` and `$TIME` stand for the newest tag or short commit, the commit and its time.", oneLine, func(b *B) *string { return &b.LDFlags }),
+			text("ldflags", "Flags for the Go linker, beside `-s -w`. `$VERSION`, `$COMMIT` and `$TIME` stand for the first 12 digits of the commit, the commit, and its time.", oneLine, func(b *B) *string { return &b.LDFlags }),
 			texts("flags", "`GOFLAGS`: flags for every go command, such as `-tags=x`.", goFlag, func(b *B) *[]string { return &b.Flags }),
 			texts("experiment", "`GOEXPERIMENT`: experiments of the Go toolchain.", matching(regexp.MustCompile(`[a-z0-9]+`), "is not an experiment", "write one name an item, such as - jsonv2"), func(b *B) *[]string { return &b.Experiment }),
 			flag("test", "`go test ./...` has to pass before the image is released.", func(b *B) *bool { return &b.Test }),
@@ -57,6 +58,12 @@ func buildKeys() []key[Manifest] {
 				func(b *B) { b.Dockerfile = path.Clean(b.Dockerfile) }),
 			text("target", "The stage of the Dockerfile to build. Default: the last.", matching(regexp.MustCompile(`[A-Za-z0-9._-]+`), "is not the name of a stage", "write the name that follows AS in a FROM line"), func(b *B) *string { return &b.Target }),
 			table("args", "Values of the Dockerfile's `ARG` lines. They are recorded: a secret belongs into `build.secrets`.", matching(regexp.MustCompile(`[A-Za-z_][A-Za-z0-9_]*`), "is not the name of an ARG", "use letters, digits and _"), func(b *B) *map[string]string { return &b.Args }),
+			cleaned(table("images", "Images that FROM lines name, each with the folder of the repository that holds it as an OCI layout, relative to the root. No registry is asked for them.", matching(regexp.MustCompile(`[a-z0-9][a-z0-9._/:-]*`), "is not the name of an image", "write it as in the FROM line, such as alpine:3.22"), func(b *B) *map[string]string { return &b.Images }),
+				func(b *B) {
+					for k, v := range b.Images {
+						b.Images[k] = path.Clean(v)
+					}
+				}),
 		}),
 	}
 }

@@ -32,16 +32,19 @@ type Config struct {
 	Nats     string // URL of an external NATS server; "" runs one in process
 	NatsCred string // credentials file for Nats
 
-	BuildkitAddr string        // address of an external buildkitd; "" runs our own
-	BuildTimeout time.Duration // a build is stopped after this
-	GoProxy      string        // where builds get modules and toolchains, as GOPROXY; default that of the go command here
-	Runtime      string        // "oci" or "process"
-	Subnet       string        // addresses of instances
-	Name         string        // tells installations on one host apart: network devices, firewall table, cgroups
-	Bin          string        // directory of buildkitd, runc and m3o-shim; default beside m3od
-	StopApps     bool          // stop the router and every instance when the daemon stops
-	Drain        time.Duration // how long requests of an old release may go on after a switch
-	LogLevel     string        // debug, info, warn or error
+	BuildkitAddr     string        // address of an external buildkitd; "" runs our own
+	BuildTimeout     time.Duration // a build is stopped after this
+	BuildConcurrency int           // builds at once; default 2
+	BuildMemory      Bytes         // of all builds together, bytes; default 4 GB
+	BuildCache       Bytes         // disk for layers and caches of builds, bytes; default 20 GB
+	GoProxy          string        // where builds get modules and toolchains, as GOPROXY; default that of the go command here
+	Runtime          string        // "oci" or "process"
+	Subnet           string        // addresses of instances
+	Name             string        // tells installations on one host apart: network devices, firewall table, cgroups
+	Bin              string        // directory of buildkitd, runc and m3o-shim; default beside m3od
+	StopApps         bool          // stop the router and every instance when the daemon stops
+	Drain            time.Duration // how long requests of an old release may go on after a switch
+	LogLevel         string        // debug, info, warn or error
 
 	ACMEEmail  string        // who gets mail about certificates; setting it agrees to the CA's terms
 	ACMECA     string        // directory URL of the CA; Let's Encrypt when empty
@@ -108,6 +111,48 @@ func boolean(name, usage string, field func(*Config) *bool) option {
 		get: func(c *Config) string { return strconv.FormatBool(*field(c)) }}
 }
 
+func number(name, usage string, low, high int, field func(*Config) *int) option {
+	return option{name: name, usage: usage,
+		set: func(c *Config, v string) error {
+			n, err := strconv.Atoi(v)
+			if err != nil || n < low || n > high {
+				return fmt.Errorf("%q is not a whole number from %d to %d", v, low, high)
+			}
+			*field(c) = n
+			return nil
+		},
+		get: func(c *Config) string { return strconv.Itoa(*field(c)) }}
+}
+
+// Bytes is a size in bytes, written as 512MB or 4GB.
+type Bytes int64
+
+func (b Bytes) String() string {
+	if b%(1<<30) == 0 {
+		return fmt.Sprintf("%dGB", b>>30)
+	}
+	return fmt.Sprintf("%dMB", b>>20)
+}
+
+func size(name, usage string, field func(*Config) *Bytes) option {
+	return option{name: name, usage: usage,
+		set: func(c *Config, v string) error {
+			shift := 20
+			num, ok := strings.CutSuffix(strings.ToUpper(v), "MB")
+			if !ok {
+				num, ok = strings.CutSuffix(num, "GB")
+				shift = 30
+			}
+			n, err := strconv.ParseInt(num, 10, 32)
+			if !ok || err != nil || n <= 0 {
+				return fmt.Errorf("%q is not a size such as 512MB or 4GB", v)
+			}
+			*field(c) = Bytes(n << shift)
+			return nil
+		},
+		get: func(c *Config) string { return field(c).String() }}
+}
+
 var options = []option{
 	str("data", "state directory", func(c *Config) *string { return &c.Data }),
 	str("domain", "apps are served at <app>.<domain>", func(c *Config) *string { return &c.Domain }),
@@ -118,6 +163,9 @@ var options = []option{
 	str("nats-creds", "credentials file for the external NATS server", func(c *Config) *string { return &c.NatsCred }),
 	str("buildkit-addr", "address of an external buildkitd (default: our own)", func(c *Config) *string { return &c.BuildkitAddr }),
 	dur("build-timeout", "a build is stopped after this", func(c *Config) *time.Duration { return &c.BuildTimeout }),
+	number("build-concurrency", "builds at once; users take turns", 1, 64, func(c *Config) *int { return &c.BuildConcurrency }),
+	size("build-memory", "memory of all builds together, such as 4GB", func(c *Config) *Bytes { return &c.BuildMemory }),
+	size("build-cache", "disk for the layers and caches of builds, such as 20GB; the least used go first", func(c *Config) *Bytes { return &c.BuildCache }),
 	str("goproxy", "where builds get Go modules and toolchains, a list as GOPROXY (default: GOPROXY, or what go env says)", func(c *Config) *string { return &c.GoProxy }),
 	str("runtime", "oci (containers, needs root) or process (unisolated, for development)", func(c *Config) *string { return &c.Runtime }),
 	str("subnet", "addresses of instances", func(c *Config) *string { return &c.Subnet }),
@@ -269,6 +317,9 @@ func (c *Config) Validate() error {
 	if c.BuildTimeout == 0 {
 		c.BuildTimeout = 15 * time.Minute
 	}
+	c.BuildConcurrency = cmp.Or(c.BuildConcurrency, 2)
+	c.BuildMemory = cmp.Or(c.BuildMemory, 4<<30)
+	c.BuildCache = cmp.Or(c.BuildCache, 20<<30)
 	if c.Drain == 0 {
 		c.Drain = 30 * time.Second
 	}

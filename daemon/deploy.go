@@ -163,7 +163,11 @@ func (d *Daemon) build(ctx context.Context, src m3o.Source, tree *source.Tree, w
 	if err != nil {
 		return nil, api, build.Result{}, err
 	}
-	res, err := d.builder.Build(ctx, build.Request{App: src.App, Plan: plan, Tree: tree, Out: w, Commit: src.Commit,
+	secrets, err := d.buildSecrets(ctx, src.App, plan)
+	if err != nil {
+		return nil, api, build.Result{}, err
+	}
+	res, err := d.builder.Build(ctx, build.Request{App: src.App, User: src.User, Plan: plan, Tree: tree, Out: w, Commit: src.Commit, Time: tree.Time(), Secrets: secrets,
 		Generate: api.generate, NoCache: slices.Contains(src.Options, "force-rebuild")})
 	if err == nil {
 		err = d.attach(ctx, res.Image, api)
@@ -173,6 +177,10 @@ func (d *Daemon) build(ctx context.Context, src m3o.Source, tree *source.Tree, w
 			err = cause
 		}
 		return nil, api, res, err
+	}
+	if web, ok := plan.Processes[webProcess]; ok && res.Port != 0 {
+		web.Port = res.Port
+		plan.Processes[webProcess] = web
 	}
 	return plan, api, res, nil
 }

@@ -2,8 +2,14 @@ package daemon
 
 import (
 	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
 
+	"github.com/m3o/m3o"
 	"github.com/m3o/m3o/buildpacks"
+	"github.com/m3o/m3o/buildpacks/dockerfile"
 	"github.com/m3o/m3o/buildpacks/golang"
 	"github.com/m3o/m3o/buildpacks/source"
 )
@@ -16,9 +22,62 @@ func (d *Daemon) plan(ctx context.Context, tree *source.Tree) (*buildpacks.Plan,
 	if err != nil {
 		return nil, err
 	}
-	plan, err := golang.Plan(ctx, tree, files)
+	plan, err := planBy(ctx, tree, files)
 	if err != nil {
 		return nil, err
 	}
 	return plan, files.Apply(plan)
+}
+
+// planBy picks the builder: the one m3o.yaml names; else Go, if the tree looks
+// like it and Go alone can build it; else the Dockerfile, if there is one.
+func planBy(ctx context.Context, tree *source.Tree, files buildpacks.Files) (*buildpacks.Plan, error) {
+	b := files.Manifest.Build
+	docker := dockerfile.Detect(tree, b.Dir)
+	switch {
+	case b.Builder == "dockerfile", b.Builder == "" && b.Dockerfile != "":
+		return dockerfile.Plan(ctx, tree, files)
+	case b.Builder == "" && docker && !golang.Detect(tree, b.Dir):
+		return dockerfile.Plan(ctx, tree, files)
+	}
+	plan, err := golang.Plan(ctx, tree, files)
+	if b.Builder != "" || !docker {
+		return plan, err
+	}
+	if errors.Is(err, golang.ErrNotGo) {
+		why := err.Error()
+		if plan, err = dockerfile.Plan(ctx, tree, files); err == nil {
+			plan.Notes = append(plan.Notes, "Using the Dockerfile: "+why)
+		}
+		return plan, err
+	}
+	if err == nil {
+		plan.Notes = append(plan.Notes, "There is a Dockerfile too; with build.builder: dockerfile in m3o.yaml it is used")
+	}
+	return plan, err
+}
+
+// buildSecrets are the config vars that a plan's build reads.
+func (d *Daemon) buildSecrets(ctx context.Context, app string, plan *buildpacks.Plan) (map[string]m3o.Secret, error) {
+	if len(plan.Secrets) == 0 {
+		return nil, nil
+	}
+	rev, err := d.config.Current(ctx, app)
+	if err != nil {
+		return nil, err
+	}
+	env, err := d.config.Env(ctx, app, rev.Number)
+	if err != nil {
+		return nil, err
+	}
+	out := map[string]m3o.Secret{}
+	for _, name := range plan.Secrets {
+		i := slices.IndexFunc(env, func(e string) bool { return strings.HasPrefix(e, name+"=") })
+		if i < 0 {
+			return nil, &m3o.Error{Kind: m3o.Invalid, Msg: fmt.Sprintf("%s: build.secrets names %s, which the app's config does not have", buildpacks.ManifestName, name),
+				Hint: fmt.Sprintf("m3o config:set %s=… -a %s", name, app)}
+		}
+		out[name] = m3o.Secret(strings.TrimPrefix(env[i], name+"="))
+	}
+	return out, nil
 }

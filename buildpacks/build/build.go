@@ -28,7 +28,6 @@ import (
 	"github.com/m3o/m3o"
 	"github.com/moby/buildkit/client"
 	"github.com/opencontainers/go-digest"
-	"golang.org/x/sync/semaphore"
 	"golang.org/x/sys/unix"
 )
 
@@ -154,7 +153,7 @@ type Builder struct {
 	lock       *os.File // flock on Dir: one Builder a directory
 	toolchains *toolchains
 	images     content.Store
-	builds     *semaphore.Weighted
+	builds     *queue
 	cgroup     *cgroup  // nil: none to be had
 	network    *network // nil: NoNetns or external
 	client     *client.Client
@@ -185,7 +184,7 @@ func Open(ctx context.Context, cfg Config) (*Builder, error) {
 	if err := containerdlog.SetLevel("error"); err != nil {
 		return nil, fmt.Errorf("quieten the content store: %w", err)
 	}
-	b := &Builder{cfg: cfg, log: cfg.Log, builds: semaphore.NewWeighted(int64(cfg.Concurrency)), changed: make(chan struct{}), pins: map[digest.Digest]int{}}
+	b := &Builder{cfg: cfg, log: cfg.Log, builds: &queue{free: cfg.Concurrency}, changed: make(chan struct{}), pins: map[digest.Digest]int{}}
 	for _, d := range []string{b.dir("buildkit"), b.dir("toolchains"), b.Images()} {
 		if err := os.MkdirAll(d, 0o755); err != nil {
 			return nil, fmt.Errorf("open builder: %w", err)

@@ -30,16 +30,16 @@ func diskFull(err error) error {
 
 // explain turns a failed solve into what the pusher can act on. layer is why
 // the result could not be written, if that is it.
-func (b *Builder) explain(ctx context.Context, gen int, err, layer error, out *output) error {
+func (b *Builder) explain(ctx context.Context, gen int, err, layer error, w *watch) error {
 	if ctx.Err() != nil {
 		return fmt.Errorf("build: %w", context.Cause(ctx))
 	}
 	if err == nil {
 		err = layer
 	}
-	said := out.said()
 	if x, ok := errors.AsType[*gatewaypb.ExitError](err); ok && !b.diedSince(gen) {
-		return explainExit(x.ExitCode, said, err)
+		tool := w.failed(err)
+		return explainExit(tool, x.ExitCode, w.out.said(tool), err)
 	}
 	if layer != nil && !errors.Is(layer, io.ErrClosedPipe) {
 		if d := disk(layer); d != layer {
@@ -65,6 +65,8 @@ var (
 	notServed    = regexp.MustCompile(`(?:reading|Get) "?https?://.*: 4[0-9][0-9] `)
 	noFiles      = regexp.MustCompile(`build constraints exclude all Go files in (\S+)`)
 	sumMissing   = regexp.MustCompile(`missing go\.sum entry|updates to go\.(?:mod|sum) needed|inconsistent vendoring`)
+	noGit        = regexp.MustCompile(`exec: "git": executable file not found`)
+	failedTest   = regexp.MustCompile(`^\s*--- FAIL: `)
 	notRequired  = regexp.MustCompile(`no required module provides package|cannot find module providing package|is not in std`)
 	pluginFailed = regexp.MustCompile(`^protoc-gen-[a-z0-9-]+ v\S+ failed: `)
 	newerGo      = regexp.MustCompile(`requires go >= \S+ \(running go`)
@@ -72,13 +74,16 @@ var (
 )
 
 // explainExit finds the one line of what the tools said that names the fault.
-func explainExit(code uint32, said []string, err error) error {
+func explainExit(tool string, code uint32, said []string, err error) error {
 	all := strings.Join(said, "\n")
 	if strings.Contains(all, noSpace) {
 		return diskFull(err)
 	}
 	if code == 137 || strings.Contains(all, "signal: killed") {
 		return &m3o.Error{Kind: m3o.Unavailable, Msg: "the build was killed: it needed more memory than builds may use", Hint: "push again, or raise the daemon's memory for builds", Err: err}
+	}
+	if !isTool(tool) {
+		return explainRun(tool, code, said, err)
 	}
 	line := ""
 	for _, s := range said {
@@ -92,7 +97,7 @@ func explainExit(code uint32, said []string, err error) error {
 		}
 	}
 	if line == "" {
-		return &m3o.Error{Kind: m3o.Invalid, Msg: fmt.Sprintf("go build ended with exit code %d and said nothing", code), Err: err}
+		return &m3o.Error{Kind: m3o.Invalid, Msg: fmt.Sprintf("%s ended with exit code %d and said nothing", tool, code), Err: err}
 	}
 	e := &m3o.Error{Kind: m3o.Invalid, Msg: line, Hint: "fix it, commit and push again", Err: err}
 	switch {
@@ -111,7 +116,13 @@ func explainExit(code uint32, said []string, err error) error {
 	case notRequired.MatchString(all):
 		e.Hint = "run go mod tidy and commit go.mod and go.sum; a package of your own must be committed too"
 	case noFiles.MatchString(all):
-		e.Hint = "a package that needs cgo cannot be built: there is no C compiler. Use one written in Go"
+		e.Hint = "a package that needs cgo cannot be built: there is no C compiler. Use one written in Go, or build with a Dockerfile that has one: build.dockerfile in m3o.yaml"
+	case noGit.MatchString(all):
+		e.Hint = "private modules come through a module proxy here: set config vars GOPROXY and NETRC for it, and name both in build.secrets of m3o.yaml"
+	case tool == stepTest:
+		e.Hint = "go test ./... has to pass because of build.test in m3o.yaml"
+	case tool == stepVet:
+		e.Hint = "go vet ./... has to pass because of build.vet in m3o.yaml"
 	}
 	return e
 }
@@ -124,8 +135,23 @@ func rank(s string) int {
 		return 4
 	case compileError.MatchString(s):
 		return 3
-	case goSays.MatchString(s):
+	case goSays.MatchString(s), failedTest.MatchString(s):
 		return 2
 	}
 	return 1
+}
+
+// explainRun is explainExit for a step of a Dockerfile.
+func explainRun(step string, code uint32, said []string, err error) error {
+	last := ""
+	for _, s := range said {
+		if s = strings.TrimSpace(s); s != "" {
+			last = s
+		}
+	}
+	msg := fmt.Sprintf("%s ended with exit code %d", step, code)
+	if last != "" {
+		msg += ": " + last
+	}
+	return &m3o.Error{Kind: m3o.Invalid, Msg: msg, Hint: "fix the Dockerfile or what it runs, commit and push again", Err: err}
 }

@@ -26,7 +26,7 @@ func TestExplainExit(t *testing.T) {
 		"proxy down":     {1, `main.go:3:8: a.b/c@v1: Get "https://p/a.b/c/@v/v1.zip": dial tcp: lookup p: no such host`, m3o.Unavailable, `main.go:3:8: a.b/c@v1: Get "https://p/a.b/c/@v/v1.zip": dial tcp: lookup p: no such host`, "push again"},
 		"EOF in code":    {1, "./a.go:1:2: syntax error: unexpected EOF", m3o.Invalid, "./a.go:1:2: syntax error: unexpected EOF", "fix it"},
 	} {
-		err := explainExit(c.code, strings.Split(c.said, "\n"), errors.New("exit"))
+		err := explainExit(stepBuild, c.code, strings.Split(c.said, "\n"), errors.New("exit"))
 		if m3o.KindOf(err) != c.kind || err.Error() != c.msg || !strings.Contains(m3o.HintOf(err), c.hint) {
 			t.Errorf("%s: %v, %q, hint %q; want %v, %q, hint …%s…", name, m3o.KindOf(err), err, m3o.HintOf(err), c.kind, c.msg, c.hint)
 		}
@@ -37,13 +37,13 @@ func TestOutputKeepsTheGrammar(t *testing.T) {
 	var w strings.Builder
 	o := &output{w: &w}
 	o.step("Using %s", "go1.26.8")
-	o.tool([]byte("one\r\n\x1b[31mtw"))
-	o.tool([]byte("o\x1b[0m\x07\n\tthree"))
+	o.tool(stepBuild, []byte("one\r\n\x1b[31mtw"))
+	o.tool(stepBuild, []byte("o\x1b[0m\x07\n\tthree"))
 	o.flush()
 	if got, want := w.String(), "-----> Using go1.26.8\n       one\n       two\n           three\n"; got != want {
 		t.Errorf("wrote %q, want %q", got, want)
 	}
-	if got := strings.Join(o.said(), "|"); got != "one|two|    three" {
+	if got := strings.Join(o.said(stepBuild), "|"); got != "one|two|    three" {
 		t.Errorf("said %q", got)
 	}
 }
@@ -56,10 +56,10 @@ func TestOutputToAGonePusher(t *testing.T) {
 	w := &brokenPipe{}
 	o := &output{w: w}
 	for range 3 {
-		o.tool([]byte("line\n"))
+		o.tool(stepBuild, []byte("line\n"))
 	}
-	if w.n != 1 || len(o.said()) != 3 {
-		t.Errorf("wrote %d times, kept %d lines", w.n, len(o.said()))
+	if w.n != 1 || len(o.said(stepBuild)) != 3 {
+		t.Errorf("wrote %d times, kept %d lines", w.n, len(o.said(stepBuild)))
 	}
 }
 

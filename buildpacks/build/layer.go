@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"io/fs"
 	"time"
 
 	"github.com/containerd/containerd/v2/core/content"
@@ -13,6 +14,7 @@ import (
 	"github.com/opencontainers/go-digest"
 	"github.com/opencontainers/image-spec/specs-go"
 	v1 "github.com/opencontainers/image-spec/specs-go/v1"
+	"github.com/tonistiigi/fsutil/types"
 )
 
 // epoch is the time of every file in a layer and of every image: equal input
@@ -68,6 +70,18 @@ func (l *layer) file(name string, mode, size int64, r io.Reader) error {
 	}
 	_, err := io.Copy(l.tw, r)
 	return err
+}
+
+func (l *layer) symlink(name, target string) error {
+	return l.tw.WriteHeader(&tar.Header{Typeflag: tar.TypeSymlink, Name: name, Linkname: target, Mode: 0o777, ModTime: epoch, Format: tar.FormatPAX})
+}
+
+// linkTarget is where a symlink of a source tree leads.
+func linkTarget(fi fs.FileInfo) string {
+	if st, ok := fi.Sys().(*types.Stat); ok {
+		return st.Linkname
+	}
+	return ""
 }
 
 // commit ends the layer. A layer with that content may exist already.

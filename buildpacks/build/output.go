@@ -18,8 +18,7 @@ type output struct {
 	mu     sync.Mutex // guards the rest
 	w      io.Writer
 	broken bool
-	part   []byte   // of a line
-	lines  []string // last ones of the tools
+	tools  map[string]*toolOutput
 }
 
 const (
@@ -45,48 +44,70 @@ func (o *output) write(line string) {
 	}
 }
 
+// A toolOutput is what one tool said.
+type toolOutput struct {
+	part  []byte   // of a line
+	lines []string // the last ones
+}
+
+// labels tell the lines of tools that run beside the compiler from its own.
+var labels = map[string]string{stepVet: "vet: ", stepTest: "test: "}
+
 // tool takes a piece of what a tool wrote, not always whole lines.
-func (o *output) tool(b []byte) {
+func (o *output) tool(name string, b []byte) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	o.part = append(o.part, b...)
+	if o.tools == nil {
+		o.tools = map[string]*toolOutput{}
+	}
+	t := o.tools[name]
+	if t == nil {
+		t = &toolOutput{}
+		o.tools[name] = t
+	}
+	t.part = append(t.part, b...)
 	for {
-		i := bytes.IndexByte(o.part, '\n')
+		i := bytes.IndexByte(t.part, '\n')
 		if i < 0 {
-			if len(o.part) < 64<<10 {
+			if len(t.part) < 64<<10 {
 				return
 			}
-			i = len(o.part) - 1 // a tool that never ends a line
+			i = len(t.part) - 1 // a tool that never ends a line
 		}
-		o.line(string(o.part[:i]))
-		o.part = o.part[i+1:]
+		o.line(t, name, string(t.part[:i]))
+		t.part = t.part[i+1:]
 	}
 }
 
-// flush writes an unfinished last line.
+// flush writes unfinished last lines.
 func (o *output) flush() {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	if len(o.part) > 0 {
-		o.line(string(o.part))
-		o.part = nil
+	for name, t := range o.tools {
+		if len(t.part) > 0 {
+			o.line(t, name, string(t.part))
+			t.part = nil
+		}
 	}
 }
 
-func (o *output) line(s string) {
+func (o *output) line(t *toolOutput, name, s string) {
 	s = strings.TrimRight(plain(s), " ")
-	o.lines = append(o.lines, s)
-	if len(o.lines) > maxLines {
-		o.lines = o.lines[len(o.lines)-maxLines:]
+	t.lines = append(t.lines, s)
+	if len(t.lines) > maxLines {
+		t.lines = t.lines[len(t.lines)-maxLines:]
 	}
-	o.write("       " + s)
+	o.write("       " + labels[name] + s)
 }
 
-// said returns the tools' last lines.
-func (o *output) said() []string {
+// said returns a tool's last lines.
+func (o *output) said(name string) []string {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	return o.lines
+	if t := o.tools[name]; t != nil {
+		return t.lines
+	}
+	return nil
 }
 
 // plain drops control characters and escape sequences, and cuts long lines.

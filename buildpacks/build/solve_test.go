@@ -217,10 +217,10 @@ func build(ctx context.Context, t testing.TB, b *Builder, src m3o.Source, change
 		return Result{}, "", err
 	}
 	plan, err := golang.Plan(ctx, tree, files)
-	if err != nil {
-		return Result{}, "", err
+	if err == nil {
+		err = files.Apply(plan)
 	}
-	if err := files.Apply(plan); err != nil {
+	if err != nil && !errors.Is(err, golang.ErrNotGo) { // change may have another plan
 		return Result{}, "", err
 	}
 	var out bytes.Buffer

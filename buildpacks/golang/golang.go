@@ -6,6 +6,7 @@ package golang
 import (
 	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"io/fs"
 	"path"
@@ -36,55 +37,60 @@ func Detect(tree fs.FS, dir string) bool {
 // A Procfile decides which of them are built: its commands name binaries as
 // "server", "./server" or "bin/server". Without a Procfile the web process is
 // build.main; or the only main package; or ./cmd/web, ./cmd/server, the only
-// ./cmd/NAME/server, or the root's, the first that exists.
+// ./cmd/NAME/server, or the root's, the first that exists; beside it
+// ./cmd/worker, if there is one, runs as worker.
+//
+// In a folder with go.work and no go.mod the whole workspace is built;
+// elsewhere a go.work above that uses the module applies, as for the go command.
 //
 // Processes start with one replica each. Errors are of kind Invalid and say
 // what to write.
 func Plan(ctx context.Context, tree fs.FS, files buildpacks.Files) (*buildpacks.Plan, error) {
 	man := files.Manifest.Build
 	p := planner{ctx: ctx, tree: tree, man: man, dir: cmp.Or(man.Dir, ".")}
-	mod, err := p.readMod()
-	if err != nil {
-		return nil, err
-	}
-	p.mod = mod
 	p.plan = &buildpacks.Plan{
 		Builder:   "go",
-		Toolchain: mod.toolchain,
 		Dir:       p.dir,
 		Processes: map[string]m3o.Process{},
-		Vendor:    mod.vendor,
+		Go:        buildpacks.Go{Tags: man.Tags, LDFlags: man.LDFlags, Flags: man.Flags, Experiment: man.Experiment, Test: man.Test, Vet: man.Vet},
+		Copy:      man.Files,
+		Private:   man.Private,
+		Secrets:   man.Secrets,
 	}
-	if exists(tree, path.Join(p.dir, "go.work")) || exists(tree, "go.work") {
-		p.note("go.work is ignored: the module in %s is built by itself", p.dir)
+	if err := p.readModules(); err != nil {
+		return nil, err
 	}
 	if err := p.findMains(); err != nil {
 		return nil, err
 	}
+	decide := p.choose
 	if files.HasProcfile {
-		err = p.byProcfile(files.Procfile)
-	} else {
-		err = p.choose()
+		decide = func() error { return p.byProcfile(files.Procfile) }
 	}
-	if err != nil {
+	if err := errors.Join(decide(), p.extra(files.Commands())); err != nil {
+		if e, ok := errors.AsType[*m3o.Error](err); ok {
+			return nil, e
+		}
 		return nil, err
 	}
+	p.plan.Go.LDFlags = strings.TrimSpace(p.stamp() + " " + man.LDFlags)
 	return p.plan, nil
 }
 
 type planner struct {
-	ctx   context.Context
-	tree  fs.FS
-	man   buildpacks.BuildKeys
-	dir   string // of the module in the tree, "." or slash path
-	mod   goModule
-	mains []mainPkg
-	plan  *buildpacks.Plan
+	ctx     context.Context
+	tree    fs.FS
+	man     buildpacks.BuildKeys
+	dir     string // what is built, in the tree, "." or slash path
+	work    workspace
+	modules []goModule // one, or those of the workspace
+	mains   []mainPkg
+	plan    *buildpacks.Plan
 }
 
-// A mainPkg is a folder of the module that holds package main.
+// A mainPkg is a folder of a module that holds package main.
 type mainPkg struct {
-	rel  string // "." or "cmd/web", below the module's root
+	rel  string // "." or "cmd/web", below what is built
 	name string // of the binary
 }
 
@@ -108,11 +114,45 @@ func (p *planner) target(m mainPkg) string {
 	return t.Path
 }
 
+// extra builds what further commands of the tree's files run, and what
+// build.binaries names.
+func (p *planner) extra(cmds []buildpacks.Command) error {
+	for _, c := range cmds {
+		m, err := p.binary(c.Where, "", c.Argv[0])
+		if err != nil {
+			return err
+		}
+		p.target(m)
+	}
+	for _, pkg := range p.man.Binaries {
+		i := slices.IndexFunc(p.mains, func(m mainPkg) bool { return m.pkg() == pkg })
+		if i < 0 {
+			return &m3o.Error{Kind: m3o.Invalid, Msg: fmt.Sprintf("m3o.yaml: build.binaries has %s, which is not a main package", pkg),
+				Hint: "name folders whose Go files begin with: package main"}
+		}
+		p.target(p.mains[i])
+	}
+	var names []string
+	for _, t := range p.plan.Targets {
+		if slices.Contains(names, t.Name) {
+			return &m3o.Error{Kind: m3o.Invalid, Msg: fmt.Sprintf("two main packages build a binary called %q", t.Name), Hint: "rename the folder of one of them"}
+		}
+		names = append(names, t.Name)
+	}
+	return nil
+}
+
+// web has m run as web and, if it is there, ./cmd/worker as worker.
 func (p *planner) web(m mainPkg) {
 	p.plan.Processes["web"] = m3o.Process{Command: []string{p.target(m)}, Replicas: 1, Port: buildpacks.Port}
 	var rest []string
 	for _, o := range p.mains {
-		if o != m {
+		switch {
+		case o == m:
+		case o.rel == "cmd/worker" && p.man.Main == "":
+			p.plan.Processes["worker"] = m3o.Process{Command: []string{p.target(o)}, Replicas: 1}
+			p.note("Running ./cmd/worker as worker")
+		default:
 			rest = append(rest, o.pkg())
 		}
 	}
@@ -163,7 +203,7 @@ func (p *planner) byProcfile(lines []buildpacks.ProcessLine) error {
 			Hint: fmt.Sprintf("write for example: web: ./%s", p.mains[0].name)}
 	}
 	for _, l := range lines {
-		m, err := p.binary(l)
+		m, err := p.binary(fmt.Sprintf("Procfile:%d", l.Line), l.Name+": ", l.Command[0])
 		if err != nil {
 			return err
 		}
@@ -187,9 +227,9 @@ func (p *planner) byProcfile(lines []buildpacks.ProcessLine) error {
 	return nil
 }
 
-// binary finds the main package a Procfile line runs.
-func (p *planner) binary(l buildpacks.ProcessLine) (mainPkg, error) {
-	name := l.Command[0]
+// binary finds the main package that a command runs. Errors name where the
+// command is; as stands before it in an example.
+func (p *planner) binary(where, as, name string) (mainPkg, error) {
 	for _, prefix := range []string{"./", buildpacks.AppDir + "/", "bin/"} {
 		name = strings.TrimPrefix(name, prefix)
 	}
@@ -206,12 +246,12 @@ func (p *planner) binary(l buildpacks.ProcessLine) (mainPkg, error) {
 	case 1:
 		return found[0], nil
 	default:
-		return mainPkg{}, &m3o.Error{Kind: m3o.Invalid, Msg: fmt.Sprintf("Procfile:%d: %s and %s both build a binary called %q", l.Line, found[0].pkg(), found[1].pkg(), name),
+		return mainPkg{}, &m3o.Error{Kind: m3o.Invalid, Msg: fmt.Sprintf("%s: %s and %s both build a binary called %q", where, found[0].pkg(), found[1].pkg(), name),
 			Hint: "rename one of the folders"}
 	}
 	return mainPkg{}, &m3o.Error{Kind: m3o.Invalid,
-		Msg:  fmt.Sprintf("Procfile:%d: no main package builds a binary called %q; there is %s", l.Line, name, list(names)),
-		Hint: fmt.Sprintf("write for example: %s: ./%s", l.Name, names[0])}
+		Msg:  fmt.Sprintf("%s: no main package builds a binary called %q; there is %s", where, name, list(names)),
+		Hint: fmt.Sprintf("write for example: %s./%s", as, names[0])}
 }
 
 // list joins a few names, and counts the rest.

@@ -21,30 +21,10 @@ const maxDirs = 500
 
 // findMains fills p.mains, sorted by folder. At least one is there after a nil return.
 func (p *planner) findMains() error {
-	var rels []string
-	add := func(rel string) {
-		if !slices.Contains(rels, rel) && len(rels) < maxDirs {
-			rels = append(rels, rel)
+	for _, m := range p.modules {
+		if err := p.mainsOf(m); err != nil {
+			return err
 		}
-	}
-	add(".")
-	p.below("cmd", 3, add)
-	for _, pattern := range p.mod.install {
-		rel, all := strings.CutSuffix(path.Clean(pattern), "...")
-		rel = path.Clean("./" + rel)
-		if !fs.ValidPath(rel) {
-			continue // go install would not find it either; "nothing to build" says so below
-		}
-		add(rel)
-		if all {
-			p.below(rel, 4, add)
-		}
-	}
-	if p.man.Main != "" {
-		add(strings.TrimPrefix(p.man.Main, "./"))
-	}
-	if err := p.keepMains(rels); err != nil {
-		return err
 	}
 	if p.man.Main != "" && !slices.ContainsFunc(p.mains, func(m mainPkg) bool { return m.pkg() == p.man.Main }) {
 		return &m3o.Error{Kind: m3o.Invalid, Msg: fmt.Sprintf("m3o.yaml: build.main %s is not a main package", p.man.Main),
@@ -53,17 +33,59 @@ func (p *planner) findMains() error {
 	if len(p.mains) > 0 {
 		return nil
 	}
-	if err := p.keepMains(p.children(".")); err != nil {
-		return err
+	for _, m := range p.modules {
+		if err := p.keepMains(m, p.children(m.rel)); err != nil {
+			return err
+		}
 	}
 	if len(p.mains) == 0 {
-		return &m3o.Error{Kind: m3o.Invalid, Msg: "no main package: there is nothing to run",
+		return &m3o.Error{Kind: m3o.Invalid, Msg: "no main package: there is nothing to run", Err: ErrNotGo,
 			Hint: "write package main with func main in the root or in ./cmd/web, or name its folder in m3o.yaml as build.main"}
 	}
 	return nil
 }
 
-func (p *planner) keepMains(rels []string) error {
+// mainsOf looks where main packages of a module usually are.
+func (p *planner) mainsOf(m goModule) error {
+	var rels []string
+	add := func(rel string) {
+		if !slices.Contains(rels, rel) && len(rels) < maxDirs {
+			rels = append(rels, rel)
+		}
+	}
+	add(m.rel)
+	p.below(path.Join(m.rel, "cmd"), 3, add)
+	for _, pattern := range m.install {
+		rel, all := strings.CutSuffix(path.Clean(pattern), "...")
+		rel = path.Join(m.rel, rel)
+		if !fs.ValidPath(rel) {
+			continue // go install would not find it either; "nothing to build" says so later
+		}
+		add(rel)
+		if all {
+			p.below(rel, 4, add)
+		}
+	}
+	for _, pkg := range append([]string{p.man.Main}, p.man.Binaries...) {
+		if rel := path.Clean(pkg); pkg != "" && p.moduleOf(rel).rel == m.rel {
+			add(rel)
+		}
+	}
+	return p.keepMains(m, rels)
+}
+
+// moduleOf is the module a folder belongs to: the innermost that holds it.
+func (p *planner) moduleOf(rel string) goModule {
+	best := p.modules[0]
+	for _, m := range p.modules {
+		if _, below := strings.CutPrefix(rel+"/", m.rel+"/"); (below || m.rel == ".") && len(m.rel) >= len(best.rel) {
+			best = m
+		}
+	}
+	return best
+}
+
+func (p *planner) keepMains(m goModule, rels []string) error {
 	for _, rel := range rels {
 		if err := p.ctx.Err(); err != nil {
 			return err
@@ -73,10 +95,21 @@ func (p *planner) keepMains(rels []string) error {
 			return err
 		}
 		if ok {
-			p.mains = append(p.mains, mainPkg{rel: rel, name: binaryName(path.Join(p.mod.path, rel))})
+			p.mains = append(p.mains, mainPkg{rel: rel, name: binaryName(path.Join(m.path, within(m.rel, rel)))})
 		}
 	}
 	return nil
+}
+
+// ErrNotGo is wrapped by the errors of Plan after which another way to build
+// the tree may do, where there is one.
+var ErrNotGo = errors.New("not for Go alone")
+
+func within(dir, rel string) string {
+	if rel == dir {
+		return "."
+	}
+	return strings.TrimPrefix(rel, dir+"/")
 }
 
 var majorVersion = regexp.MustCompile(`^v[0-9]+$`)
@@ -144,8 +177,8 @@ func (p *planner) isMain(rel string) (bool, error) {
 	with := p.imported(dir, true)
 	if with.isMain && len(with.cgo) > 0 && !slices.ContainsFunc(pure.files, func(f string) bool { return !slices.Contains(with.files, f) }) {
 		// No file takes the place of the ones that import "C".
-		return false, &m3o.Error{Kind: m3o.Invalid, Msg: fmt.Sprintf("%s imports \"C\", and builds here have no C compiler", path.Join(rel, with.cgo[0])),
-			Hint: "use a package written in Go, or guard the file by //go:build cgo beside one for !cgo"}
+		return false, &m3o.Error{Kind: m3o.Invalid, Msg: fmt.Sprintf("%s imports \"C\", and Go builds here have no C compiler", path.Join(rel, with.cgo[0])), Err: ErrNotGo,
+			Hint: "use a package written in Go, or guard the file by //go:build cgo beside one for !cgo; or commit a Dockerfile that has a C compiler and name it in m3o.yaml as build.dockerfile"}
 	}
 	return pure.isMain, nil
 }
@@ -159,6 +192,7 @@ func (p *planner) imported(dir string, cgo bool) imported {
 	c := build.Default
 	c.GOOS, c.GOARCH, c.CgoEnabled = "linux", goruntime.GOARCH, cgo
 	c.GOROOT, c.GOPATH, c.Dir = "", "", ""
+	c.BuildTags = append(c.BuildTags, p.man.Tags...)
 	c.JoinPath = path.Join
 	c.IsAbsPath = path.IsAbs
 	c.SplitPathList = func(string) []string { return nil }

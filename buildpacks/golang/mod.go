@@ -17,6 +17,7 @@ import (
 
 // goModule is what a go.mod says, as far as a build is concerned.
 type goModule struct {
+	rel       string // its folder below what is built, "." or slash path
 	path      string
 	toolchain string   // oldest that will do, "go1.26" or "go1.26.3"
 	install   []string // package patterns of "// +heroku install"
@@ -28,8 +29,9 @@ func exists(tree fs.FS, name string) bool {
 	return err == nil
 }
 
-func (p *planner) readMod() (goModule, error) {
-	name := path.Join(p.dir, "go.mod")
+// readMod reads the go.mod of a folder of the tree.
+func (p *planner) readMod(dir string) (goModule, error) {
+	name := path.Join(dir, "go.mod")
 	b, err := buildpacks.ReadSmall(p.tree, name)
 	if errors.Is(err, fs.ErrNotExist) {
 		return goModule{}, p.noMod()
@@ -41,12 +43,16 @@ func (p *planner) readMod() (goModule, error) {
 	if err != nil {
 		return m, err
 	}
-	m.vendor = exists(p.tree, path.Join(p.dir, "vendor/modules.txt"))
+	m.rel, _ = strings.CutPrefix(dir, p.dir+"/")
+	if dir == p.dir {
+		m.rel = "."
+	}
+	m.vendor = exists(p.tree, path.Join(dir, "vendor/modules.txt"))
 	if m.vendor {
 		return m, nil // with vendored packages replaced folders are not read
 	}
 	for _, r := range replaced {
-		to := path.Join(p.dir, r.dir)
+		to := path.Join(dir, r.dir)
 		if path.IsAbs(r.dir) || !fs.ValidPath(to) || !exists(p.tree, path.Join(to, "go.mod")) {
 			return m, &m3o.Error{Kind: m3o.Invalid, Msg: fmt.Sprintf("%s:%d: replaces %s by %s, which is not a module in this repository", name, r.line, r.old, r.dir),
 				Hint: "remove the replace line and require a published version, or commit the module and use a relative path"}
@@ -116,18 +122,14 @@ func (p *planner) noMod() error {
 	if p.dir != "." {
 		where = p.dir
 	}
-	if exists(p.tree, path.Join(p.dir, "go.work")) {
-		return &m3o.Error{Kind: m3o.Invalid, Msg: "a go.work workspace is not built as a whole: one module is",
-			Hint: "commit a file called m3o.yaml that names the module's folder:\nbuild:\n  dir: services/api"}
-	}
 	for _, d := range subdirs(p.tree, p.dir) {
 		for _, at := range append([]string{d}, subdirs(p.tree, d)...) {
 			if exists(p.tree, path.Join(at, "go.mod")) {
-				return &m3o.Error{Kind: m3o.Invalid, Msg: fmt.Sprintf("no go.mod in %s; there is one in %s", where, at),
+				return &m3o.Error{Kind: m3o.Invalid, Msg: fmt.Sprintf("no go.mod in %s; there is one in %s", where, at), Err: ErrNotGo,
 					Hint: "commit a file called m3o.yaml with:\nbuild:\n  dir: " + at}
 			}
 		}
 	}
-	return &m3o.Error{Kind: m3o.Invalid, Msg: "no go.mod in " + where,
+	return &m3o.Error{Kind: m3o.Invalid, Msg: "no go.mod in " + where, Err: ErrNotGo,
 		Hint: "run: go mod init example.com/hello && go mod tidy, and commit go.mod and go.sum"}
 }
