@@ -86,6 +86,13 @@ var permissions = map[string]auth.Verb{
 	m3ov1connect.RunsDetachProcedure:         auth.ProcessesWrite,
 	m3ov1connect.RunsListProcedure:           auth.AppsRead,
 	m3ov1connect.RunsStopProcedure:           auth.ProcessesWrite,
+
+	m3ov1connect.DeploysStartProcedure:       auth.Push,
+	m3ov1connect.DeploysUploadProcedure:      auth.Push,
+	m3ov1connect.BuildRecordsGetProcedure:    auth.AppsRead,
+	m3ov1connect.BuildRecordsCancelProcedure: auth.Push,
+	m3ov1connect.BuildRecordsSbomProcedure:   auth.AppsRead,
+	m3ov1connect.BuildRecordsVerifyProcedure: auth.Push,
 }
 
 // apiHandler serves the control plane's procedures, each behind its permission.
@@ -96,6 +103,8 @@ func (d *Daemon) apiHandler() http.Handler {
 	mux.Handle(m3ov1connect.NewKeysHandler(keysAPI{d}, opts...))
 	mux.Handle(m3ov1connect.NewAppsHandler(appsAPI{d}, opts...))
 	mux.Handle(m3ov1connect.NewReleasesHandler(releasesAPI{d}, opts...))
+	mux.Handle(m3ov1connect.NewDeploysHandler(deploysAPI{d}, opts...))
+	mux.Handle(m3ov1connect.NewBuildRecordsHandler(buildRecordsAPI{d: d}, opts...))
 	mux.Handle(m3ov1connect.NewBuildsHandler(buildsAPI{d}, opts...))
 	mux.Handle(m3ov1connect.NewConfigHandler(configAPI{d}, opts...))
 	mux.Handle(m3ov1connect.NewProcessesHandler(processesAPI{d}, opts...))

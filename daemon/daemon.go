@@ -62,6 +62,7 @@ type Daemon struct {
 	runs      runs
 	logs      *appLogs
 	drains    *drains
+	uploads   uploads
 
 	imagesMu sync.RWMutex // read: an image is made that no release names yet; write: images are removed
 

@@ -67,13 +67,18 @@ func (d *Daemon) push(ctx context.Context, turn *turn, src m3o.Source, w io.Writ
 	if err := checkTip(ctx, src); err != nil {
 		return nil, err
 	}
-	tree, err := source.Open(ctx, src, &d.trees)
-	if err != nil {
-		return nil, err
+	var tree *source.Tree // nil for an image
+	subject := imageSubject(src.Image)
+	if src.Image == "" {
+		var err error
+		if tree, err = source.Open(ctx, src, &d.trees); err != nil {
+			return nil, err
+		}
+		defer tree.Close() //nolint:errcheck // only read
+		subject = tree.Subject()
 	}
-	defer tree.Close() //nolint:errcheck // only read
 	bld, err := d.ledger.StartBuild(ctx, m3o.Build{App: src.App, Status: m3o.BuildRunning, Commit: src.Commit,
-		Message: tree.Subject(), User: src.User, Started: time.Now().UTC()})
+		Message: subject, User: src.User, Started: time.Now().UTC()})
 	if err != nil {
 		return nil, err
 	}
@@ -105,6 +110,7 @@ func (d *Daemon) push(ctx context.Context, turn *turn, src m3o.Source, w io.Writ
 		return fail(d.endBuild(ctx, bld, err))
 	}
 	bld.Image, bld.Toolchain, bld.Base = res.Image, res.Toolchain, res.Base
+	bld.Builder, bld.Size, bld.Steps = plan.Builder, res.Size, res.Steps
 	if err := d.endBuild(ctx, bld, nil); err != nil {
 		return fail(err)
 	}
@@ -118,7 +124,7 @@ func (d *Daemon) push(ctx context.Context, turn *turn, src m3o.Source, w io.Writ
 		return fail(err)
 	}
 	rel := m3o.Release{App: src.App, Image: res.Image, Config: rev.Number, Processes: plan.Processes, Command: plan.Release, Health: plan.Health,
-		Commit: src.Commit, Message: tree.Subject(), Reason: src.Via, User: src.User, Build: bld.Number}
+		Commit: src.Commit, Message: subject, Reason: src.Via, User: src.User, Build: bld.Number}
 	api.describe(&rel)
 	live, err := d.release(ctx, dep, rel, turn.commit, output{both})
 	if err != nil {
@@ -155,6 +161,10 @@ func (d *Daemon) build(ctx context.Context, src m3o.Source, tree *source.Tree, w
 	ctx, cancel := context.WithTimeoutCause(ctx, d.cfg.BuildTimeout, &m3o.Error{Kind: m3o.Invalid,
 		Msg: fmt.Sprintf("the build took longer than %s and was stopped", d.cfg.BuildTimeout), Hint: "m3od --build-timeout changes the limit"})
 	defer cancel()
+	if src.Image != "" {
+		plan, res, err := d.takeImage(ctx, src, w)
+		return plan, interfaces{}, res, err
+	}
 	plan, err := d.plan(ctx, tree)
 	if err != nil {
 		return nil, interfaces{}, build.Result{}, err
@@ -178,11 +188,44 @@ func (d *Daemon) build(ctx context.Context, src m3o.Source, tree *source.Tree, w
 		}
 		return nil, api, res, err
 	}
-	if web, ok := plan.Processes[webProcess]; ok && res.Port != 0 {
-		web.Port = res.Port
+	exposed(plan, res.Port)
+	return plan, api, res, nil
+}
+
+// exposed gives the web process the port its image says it listens on.
+func exposed(plan *buildpacks.Plan, port int) {
+	if web, ok := plan.Processes[webProcess]; ok && port != 0 {
+		web.Port = port
 		plan.Processes[webProcess] = web
 	}
-	return plan, api, res, nil
+}
+
+// takeImage is build for a source that is an image: one that was uploaded, or
+// one of a registry.
+func (d *Daemon) takeImage(ctx context.Context, src m3o.Source, w io.Writer) (*buildpacks.Plan, build.Result, error) {
+	if strings.HasPrefix(src.Image, "sha256:") {
+		d.uploads.mu.Lock()
+		up, ok := d.uploads.images[src.App+" "+src.Image]
+		d.uploads.mu.Unlock()
+		if !ok {
+			return nil, build.Result{}, &m3o.Error{Kind: m3o.NotFound, Msg: "the uploaded image is not here any more", Hint: "run m3o deploy --image FILE again"}
+		}
+		output{w}.step("Image %s", src.Image)
+		plan := &buildpacks.Plan{Builder: "image", Processes: build.ImageProcesses()}
+		exposed(plan, up.res.Port)
+		return plan, up.res, nil
+	}
+	tree, plan, err := build.FromImage(src.Image)
+	if err != nil {
+		return nil, build.Result{}, err
+	}
+	res, err := d.builder.Build(ctx, build.Request{App: src.App, User: src.User, Plan: plan, Tree: tree, Out: w, NoCache: true})
+	if err != nil {
+		return nil, res, err
+	}
+	exposed(plan, res.Port)
+	plan.Builder = "image"
+	return plan, res, nil
 }
 
 // A deployment is a release that the router already leads to, whose deploy is

@@ -3,6 +3,7 @@ package daemon
 import (
 	"context"
 	"fmt"
+	"io"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -32,6 +33,7 @@ type builder interface {
 	Build(ctx context.Context, r build.Request) (build.Result, error)
 	Attach(ctx context.Context, image string, a build.Attachment) error
 	Current(ctx context.Context, toolchain string) (build.Basis, error)
+	Import(ctx context.Context, app string, archive io.Reader) (build.Result, error)
 	Run(ctx context.Context) error
 	Ready(ctx context.Context) error
 	Prune(ctx context.Context, keep []string) error

@@ -145,3 +145,18 @@ func (ls *lanes) lock(ctx context.Context, app string) (unlock func(), err error
 		return nil, context.Cause(ctx)
 	}
 }
+
+// cancel ends the push that has the lane, with cause. It fails with Conflict
+// when none has, or it has begun to switch.
+func (l *lane) cancel(cause error) error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	switch {
+	case l.current == nil:
+		return &m3o.Error{Kind: m3o.Conflict, Msg: "nothing is being deployed"}
+	case l.current.final:
+		return &m3o.Error{Kind: m3o.Conflict, Msg: "the build has ended and its release is going live", Hint: "m3o rollback takes it back"}
+	}
+	l.current.cancel(cause)
+	return nil
+}

@@ -14,6 +14,9 @@ import (
 // short, then makes the driver run exactly the live releases. The git server
 // must not serve yet.
 func (d *Daemon) recover(ctx context.Context) error {
+	if err := d.sweepUploads(); err != nil {
+		return fmt.Errorf("remove old uploads: %w", err)
+	}
 	open, err := d.ledger.UnfinishedDeploys(ctx)
 	if err != nil {
 		return fmt.Errorf("read unfinished deploys: %w", err)
