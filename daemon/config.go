@@ -111,7 +111,7 @@ func boolean(name, usage string, field func(*Config) *bool) option {
 		get: func(c *Config) string { return strconv.FormatBool(*field(c)) }}
 }
 
-func number(name, usage string, low, high int, field func(*Config) *int) option {
+func whole(name, usage string, low, high int, field func(*Config) *int) option {
 	return option{name: name, usage: usage,
 		set: func(c *Config, v string) error {
 			n, err := strconv.Atoi(v)
@@ -163,7 +163,7 @@ var options = []option{
 	str("nats-creds", "credentials file for the external NATS server", func(c *Config) *string { return &c.NatsCred }),
 	str("buildkit-addr", "address of an external buildkitd (default: our own)", func(c *Config) *string { return &c.BuildkitAddr }),
 	dur("build-timeout", "a build is stopped after this", func(c *Config) *time.Duration { return &c.BuildTimeout }),
-	number("build-concurrency", "builds at once; users take turns", 1, 64, func(c *Config) *int { return &c.BuildConcurrency }),
+	whole("build-concurrency", "builds at once; users take turns", 1, 64, func(c *Config) *int { return &c.BuildConcurrency }),
 	size("build-memory", "memory of all builds together, such as 4GB", func(c *Config) *Bytes { return &c.BuildMemory }),
 	size("build-cache", "disk for the layers and caches of builds, such as 20GB; the least used go first", func(c *Config) *Bytes { return &c.BuildCache }),
 	str("goproxy", "where builds get Go modules and toolchains, a list as GOPROXY (default: GOPROXY, or what go env says)", func(c *Config) *string { return &c.GoProxy }),
