@@ -117,7 +117,49 @@ func TestJSONThroughRouterAndGateway(t *testing.T) {
 			}
 		}
 	}
+	var counted int64
+	for _, s := range rt.Requests("shop", 0).Series {
+		if s.RPC == "/grpc.testing.TestService/UnaryCall" && s.Protocol == "json" && s.Status == 200 && s.Code == 0 {
+			counted += s.Count
+		}
+	}
+	if counted != 12 {
+		t.Errorf("%d calls counted by their method, want 12: %+v", counted, rt.Requests("shop", 0).Series)
+	}
 	if s := rt.Status(); s.Apps["shop"].InFlight != 0 || s.Apps["gone"].Failures == 0 {
 		t.Errorf("%+v", s.Apps)
 	}
+	t.Run("a rule for a method holds on every path to it", func(t *testing.T) {
+		if _, err := rt.Put(router.Table{Domain: "localhost", Hosts: []router.Host{
+			{Name: "shop.localhost", App: "shop", Release: 1, Protocol: router.GRPC, Endpoints: []string{ln.Addr().String()}, Descriptors: schema,
+				Policy: &router.Policy{Rules: []router.AccessRule{{Path: "/grpc.testing.TestService/UnaryCall", Access: router.AllowNobody}}}},
+			{Name: "api.localhost", Kind: router.KindAPI},
+		}}); err != nil {
+			t.Fatal(err)
+		}
+		for _, tc := range []struct{ host, path, contentType string }{
+			{"shop.localhost", "/grpc.testing.TestService/UnaryCall", "application/json"},
+			{"shop.localhost", "/grpc.testing.TestService/UnaryCall", "application/grpc-web+proto"},
+			{"shop.localhost", "/grpc.testing.TestService/UnaryCall", "application/connect+json"},
+			{"shop.localhost", "/TestService/unary-call", "application/json"},
+			{"api.localhost", "/shop/TestService/unary-call", "application/json"},
+			{"api.localhost", "/SHOP/unarycall", "application/json"},
+		} {
+			req, err := http.NewRequestWithContext(t.Context(), "POST", "http://"+front.Addr().String()+tc.path, strings.NewReader(`{}`))
+			if err != nil {
+				t.Fatal(err)
+			}
+			req.Host = tc.host
+			req.Header.Set("Content-Type", tc.contentType)
+			res, err := http.DefaultClient.Do(req)
+			if err != nil {
+				t.Fatal(err)
+			}
+			b, _ := io.ReadAll(res.Body)
+			_ = res.Body.Close()
+			if !strings.Contains(string(b), "does not allow this") {
+				t.Errorf("%s%s as %s: %s %s", tc.host, tc.path, tc.contentType, res.Status, b)
+			}
+		}
+	})
 }

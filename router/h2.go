@@ -315,7 +315,8 @@ func (g gatewayWay) RoundTrip(out *http.Request) (*http.Response, error) {
 		out.URL.Host = q.call.ep.urlHost()
 		res, err := q.call.ep.h2.RoundTrip(out)
 		if err == nil {
-			res.Body = &wayBody{ReadCloser: res.Body, q: q, ctx: ctx, cancel: cancel}
+			q.noteCall(out.URL.Path, res.Header)
+			res.Body = &wayBody{ReadCloser: res.Body, q: q, ctx: ctx, cancel: cancel, res: res}
 			return res, nil
 		}
 		if isDial(err) && out.GetBody != nil && q.next(err) {
@@ -348,10 +349,14 @@ type wayBody struct {
 	q      *request
 	ctx    context.Context
 	cancel context.CancelCauseFunc
+	res    *http.Response
 }
 
 func (b *wayBody) Read(p []byte) (int, error) {
 	n, err := b.ReadCloser.Read(p)
+	if errors.Is(err, io.EOF) {
+		b.q.noteEnd(b.res.Trailer)
+	}
 	if err != nil && !errors.Is(err, io.EOF) {
 		err = b.q.wayError(b.ctx, err)
 	}

@@ -15,6 +15,7 @@ import (
 // The gRPC status codes the router itself answers with.
 const (
 	grpcCancelled       = 1
+	grpcUnknown         = 2
 	grpcInvalid         = 3
 	grpcDeadline        = 4
 	grpcDenied          = 7
@@ -22,6 +23,7 @@ const (
 	grpcUnimplemented   = 12
 	grpcInternal        = 13
 	grpcUnavailable     = 14
+	grpcDataLoss        = 15
 	grpcUnauthenticated = 16
 )
 

@@ -52,7 +52,7 @@ func (r *Record) Failed() bool {
 		return true
 	}
 	switch r.Code {
-	case 2, 4, grpcInternal, grpcUnavailable, 15: // unknown, deadline exceeded, data loss
+	case grpcUnknown, grpcDeadline, grpcInternal, grpcUnavailable, grpcDataLoss:
 		return true
 	}
 	return false
@@ -114,11 +114,36 @@ func (c *recorder) Flush() {
 // Unwrap lets http.ResponseController reach the connection.
 func (c *recorder) Unwrap() http.ResponseWriter { return c.ResponseWriter }
 
-// NoteRPC is called by a Gateway that finds it on its http.ResponseWriter:
-// which method a request was for ("/package.Service/Method"), in which protocol
-// ("grpc-web", "connect", "json") and how the call ended, as a gRPC status.
-func (c *recorder) NoteRPC(method, protocol string, code int) {
-	c.call = rpcNote{method, protocol, code, true}
+// noteCall notes which method a Gateway has called for the request, and how it
+// went when the answer is nothing but trailers.
+func (q *request) noteCall(method string, head http.Header) {
+	c := &q.rec.call
+	*c = rpcNote{method: method, protocol: protoJSON, code: grpcUnknown, known: true}
+	switch ct := q.r.Header.Get("Content-Type"); {
+	case strings.HasPrefix(ct, "application/grpc-web"):
+		c.protocol = protoGRPCWeb
+	case isConnect(q.r):
+		c.protocol = protoConnect
+	}
+	q.noteEnd(head)
+}
+
+// noteEnd notes how a Gateway's call ended.
+func (q *request) noteEnd(trailer http.Header) {
+	if n, ok := statusOf(trailer, "Grpc-Status"); ok {
+		q.rec.call.code = n
+		if n == grpcUnimplemented {
+			q.rec.call.method = "" // or anybody could make up methods
+		}
+	}
+}
+
+func statusOf(h http.Header, key string) (int, bool) {
+	if v := h[key]; len(v) > 0 {
+		n, err := strconv.Atoi(v[0])
+		return n, err == nil
+	}
+	return 0, false
 }
 
 // record makes the Record of a request that has ended and hands it on. It runs
@@ -159,13 +184,10 @@ func (q *request) protocol() (protocol, rpc string, code int) {
 	case c.known:
 		return c.protocol, c.method, c.code
 	case isGRPC(q.r):
-		protocol, code = protoGRPC, 2 // unknown, unless the answer says
-		h := q.rec.Header()
+		protocol, code = protoGRPC, grpcUnknown // unless the answer says
 		for _, k := range [...]string{"Grpc-Status", http.TrailerPrefix + "Grpc-Status"} {
-			if v := h[k]; len(v) > 0 {
-				if n, err := strconv.Atoi(v[0]); err == nil {
-					code = n
-				}
+			if n, ok := statusOf(q.rec.Header(), k); ok {
+				code = n
 			}
 		}
 		if q.rec.status == 0 && q.r.Context().Err() != nil {
