@@ -52,6 +52,7 @@ const (
 	Fetch          Verb = "git.fetch"       // app
 	Rollback       Verb = "releases.write"  // app
 	ProcessesWrite Verb = "processes.write" // app: scale, restart, run
+	VolumesDestroy Verb = "volumes.destroy" // app: data that no rollback brings back
 	ConfigRead     Verb = "config.read"     // app
 	ConfigWrite    Verb = "config.write"    // app
 	DomainsWrite   Verb = "domains.write"   // app
@@ -87,6 +88,7 @@ var policies = map[Verb]policy{
 	Fetch:          {role: Viewer},
 	Rollback:       {role: Deployer, changes: true},
 	ProcessesWrite: {role: Deployer, changes: true},
+	VolumesDestroy: {role: Owner, changes: true},
 	ConfigRead:     {role: Deployer},
 	ConfigWrite:    {role: Deployer, changes: true},
 	DomainsWrite:   {role: Deployer, changes: true},

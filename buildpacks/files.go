@@ -90,17 +90,23 @@ func (f Files) Apply(p *Plan) error {
 	if p.Health.Kind == "" {
 		p.Health = f.App.health(p.Health)
 	}
+	unknown := func(where, name string) error {
+		return &m3o.Error{Kind: m3o.Invalid, Msg: fmt.Sprintf("%s names %s, which is no process type of the app", where, name),
+			Hint: "the process types are " + strings.Join(slices.Sorted(maps.Keys(p.Processes)), ", ") + "; a Procfile adds more"}
+	}
 	for _, name := range slices.Sorted(maps.Keys(f.App.Formation)) {
 		q := f.App.Formation[name].Quantity - 1
 		proc, ok := p.Processes[name]
 		if !ok {
-			return &m3o.Error{Kind: m3o.Invalid, Msg: fmt.Sprintf("%s: formation names %s, which is no process type of the app", AppJSONName, name),
-				Hint: "the process types are " + strings.Join(slices.Sorted(maps.Keys(p.Processes)), ", ") + "; a Procfile adds more"}
+			return unknown(AppJSONName+": formation", name)
 		}
 		if q >= 0 {
 			proc.Replicas = q
 			p.Processes[name] = proc
 		}
+	}
+	if err := f.Manifest.Run.apply(p, func(name string) error { return unknown(ManifestName+": processes", name) }); err != nil {
+		return err
 	}
 	for name, e := range f.App.Env {
 		if e.Value == "" {
@@ -121,6 +127,15 @@ func (f Files) Apply(p *Plan) error {
 
 // health is the check of the web process in m3o's terms.
 func (a AppJSON) health(h m3o.Health) m3o.Health {
+	for _, c := range a.Checks["web"] {
+		if l := &h.Liveness; c.Type == "liveness" && l.Kind == "" && (c.Path != "" || c.Listening) {
+			l.Kind, l.Path, l.Failures = "http", c.Path, c.Attempts
+			if c.Path == "" {
+				l.Kind = "tcp"
+			}
+			l.Period, l.Answer = time.Duration(c.Wait)*time.Second, time.Duration(c.Timeout)*time.Second
+		}
+	}
 	for _, c := range a.Checks["web"] {
 		switch {
 		case c.Type == "liveness":

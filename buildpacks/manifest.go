@@ -21,6 +21,7 @@ type Manifest struct {
 	Build    BuildKeys
 	Health   m3o.Health
 	Protobuf ProtobufKeys
+	Run      RunKeys
 }
 
 // manifestKeys is the table of all keys of m3o.yaml.
@@ -29,6 +30,7 @@ func manifestKeys() []key[Manifest] {
 		buildKeys(),
 		healthKeys(),
 		protobufKeys(),
+		runKeys(),
 	)
 }
 

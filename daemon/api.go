@@ -93,6 +93,18 @@ var permissions = map[string]auth.Verb{
 	m3ov1connect.BuildRecordsCancelProcedure: auth.Push,
 	m3ov1connect.BuildRecordsSbomProcedure:   auth.AppsRead,
 	m3ov1connect.BuildRecordsVerifyProcedure: auth.Push,
+	m3ov1connect.ScaleGetProcedure:           auth.AppsRead,
+	m3ov1connect.ScaleSetProcedure:           auth.ProcessesWrite,
+	m3ov1connect.ScaleRestartProcedure:       auth.ProcessesWrite,
+	m3ov1connect.ScaleStopProcedure:          auth.ProcessesWrite,
+	m3ov1connect.ScaleStartProcedure:         auth.ProcessesWrite,
+	m3ov1connect.ScaleAutoscaleProcedure:     auth.ProcessesWrite,
+	m3ov1connect.ScaleSleepProcedure:         auth.ProcessesWrite,
+	m3ov1connect.VolumesListProcedure:        auth.AppsRead,
+	m3ov1connect.VolumesCreateProcedure:      auth.ProcessesWrite,
+	m3ov1connect.VolumesMountProcedure:       auth.ProcessesWrite,
+	m3ov1connect.VolumesUnmountProcedure:     auth.ProcessesWrite,
+	m3ov1connect.VolumesDestroyProcedure:     auth.VolumesDestroy,
 }
 
 // apiHandler serves the control plane's procedures, each behind its permission.
@@ -114,6 +126,8 @@ func (d *Daemon) apiHandler() http.Handler {
 	mux.Handle(m3ov1connect.NewDoctorHandler(doctorAPI{d}, opts...))
 	mux.Handle(m3ov1connect.NewDrainsHandler(drainsAPI{d}, opts...))
 	mux.Handle(m3ov1connect.NewRunsHandler(runsAPI{d}, opts...))
+	mux.Handle(m3ov1connect.NewScaleHandler(scaleAPI{d}, opts...))
+	mux.Handle(m3ov1connect.NewVolumesHandler(volumesAPI{d}, opts...))
 	mux.Handle(m3ov1connect.NewServerHandler(serverAPI{d}, opts...))
 	mux.Handle(m3ov1connect.NewAccessHandler(accessAPI{d}, opts...))
 	mux.Handle(m3ov1connect.NewRequestsHandler(requestsAPI{d}, opts...))

@@ -40,9 +40,22 @@ func (a appsAPI) wire(ctx context.Context, app m3o.App) (*m3ov1.App, error) {
 	}
 	out.Release, out.Released, out.Commit, out.Status = rel.Name(), stamp(rel.Created), rel.Commit, "down"
 	for _, in := range a.d.routes.list(app.Name) {
-		if in.Release == rel.Version && in.Phase == m3o.Ready {
+		if in.Release != rel.Version {
+			continue
+		}
+		if in.Phase == m3o.Ready {
 			out.Instances++
 			out.Status = "running"
+		} else if rep, err := a.d.driver.Explain(in.ID); err == nil && rep.Crashes >= loops && out.Status == "down" {
+			out.Status = "crashing"
+		}
+	}
+	if sh, ok := a.d.shapes.get(app.Name); ok && out.Instances == 0 {
+		switch {
+		case sh.asleep:
+			out.Status = "asleep"
+		case replicas(sh.rel.Processes[webProcess]) == 0 && out.Status == "down":
+			out.Status = "stopped"
 		}
 	}
 	return out, nil
@@ -295,14 +308,16 @@ func (a configAPI) change(ctx context.Context, app string, set []config.Var, uns
 
 type processesAPI struct{ d *Daemon }
 
-func (a processesAPI) List(_ context.Context, req *connect.Request[m3ov1.ListInstancesRequest]) (*connect.Response[m3ov1.ListInstancesResponse], error) {
+func (a processesAPI) List(ctx context.Context, req *connect.Request[m3ov1.ListInstancesRequest]) (*connect.Response[m3ov1.ListInstancesResponse], error) {
 	res := &m3ov1.ListInstancesResponse{}
+	if sh, ok := a.d.shapes.get(req.Msg.App); ok {
+		res.Asleep = sh.asleep
+	}
 	for _, in := range a.d.routes.list(req.Msg.App) {
 		if in.Phase == m3o.Exited && in.Exit == 0 && in.Restarts == 0 {
 			continue // stopped on purpose
 		}
-		res.Instances = append(res.Instances, &m3ov1.Instance{Id: in.ID, Process: in.Process, Release: m3o.Release{Version: in.Release}.Name(),
-			Phase: string(in.Phase), Restarts: int32(in.Restarts), Exit: int32(in.Exit), Oom: in.OOM, Since: stamp(in.At), Address: in.Addr})
+		res.Instances = append(res.Instances, a.d.instance(ctx, in))
 	}
 	return connect.NewResponse(res), nil
 }

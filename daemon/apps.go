@@ -104,6 +104,10 @@ func (d *Daemon) destroyApp(ctx context.Context, app string) error {
 	if err := errors.Join(d.logs.remove(app), os.RemoveAll(d.cfg.path("runtime", "logs", app))); err != nil {
 		return fmt.Errorf("remove logs: %w", err)
 	}
+	d.shapes.drop(app)
+	if err := os.RemoveAll(d.cfg.path("volumes", app)); err != nil {
+		return fmt.Errorf("remove volumes: %w", err)
+	}
 	if err := d.auth.RemoveApp(ctx, app); err != nil {
 		return err
 	}

@@ -57,6 +57,8 @@ type Daemon struct {
 	domainsMu sync.Mutex // orders changes of domains
 	trees     source.Cache
 	lanes     lanes
+	shapes    shapes
+	usages    usages
 
 	schedules *schedules
 	runs      runs
@@ -194,6 +196,8 @@ func (d *Daemon) Run(ctx context.Context, ready func(Ready)) error {
 	s.Add("access log", d.accessLog)
 	s.Add("drains", d.drains.run)
 	s.Add("upkeep", d.upkeep)
+	s.Add("sleepers", d.followAsks)
+	s.Add("load", d.followLoad)
 	s.Add("builder", d.builder.Run)
 	s.Add("background", func(ctx context.Context) error {
 		<-ctx.Done()
@@ -283,6 +287,10 @@ func (d *Daemon) awaitLive(ctx context.Context) int {
 			continue
 		}
 		n++
+		if rel, err = d.formed(ctx, rel, false); err != nil {
+			d.log.Error("read formation", "app", a.Name, "err", err)
+			continue
+		}
 		if p, ok := rel.Processes[webProcess]; ok && replicas(p) > 0 {
 			wg.Go(func() {
 				ins, err := runtime.WaitReady(ctx, d.driver, ref(rel, webProcess), 1, nil)

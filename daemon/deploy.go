@@ -124,6 +124,7 @@ func (d *Daemon) push(ctx context.Context, turn *turn, src m3o.Source, w io.Writ
 		return fail(err)
 	}
 	rel := m3o.Release{App: src.App, Image: res.Image, Config: rev.Number, Processes: plan.Processes, Command: plan.Release, Health: plan.Health,
+		Sleep: plan.Files.Manifest.Run.Sleep.After, AutoRevert: plan.Files.Manifest.Run.Rollback == "auto",
 		Commit: src.Commit, Message: subject, Reason: src.Via, User: src.User, Build: bld.Number}
 	api.describe(&rel)
 	live, err := d.release(ctx, dep, rel, turn.commit, output{both})
@@ -274,6 +275,7 @@ func (l *deployment) Done(ctx context.Context, moved bool, w io.Writer) error {
 		l.d.log.Error("end canary", "app", l.rel.App, "err", err)
 	}
 	l.d.tellKept(ctx, l.rel.App)
+	l.d.settled(ctx, l.rel, l.previous)
 	l.d.retire(l.rel.App, l.previous)
 	return nil
 }
@@ -343,14 +345,19 @@ func (d *Daemon) release(ctx context.Context, dep release.Deploy, rel m3o.Releas
 		return nil, err
 	}
 	began := time.Now()
+	if err := d.makeWay(ctx, rel, previous, out); err != nil {
+		return nil, err
+	}
 	ready, err := d.start(ctx, rel, out)
 	if err != nil {
 		d.discard(ctx, rel)
+		d.giveBack(ctx, rel.App, previous)
 		return nil, err
 	}
 	started := time.Since(began)
 	if err := final(ctx); err != nil {
 		d.discard(ctx, rel)
+		d.giveBack(ctx, rel.App, previous)
 		return nil, err
 	}
 	// From here on nobody interrupts: a switch is finished or taken back.
@@ -358,6 +365,7 @@ func (d *Daemon) release(ctx context.Context, dep release.Deploy, rel m3o.Releas
 	defer cancel()
 	if dep, err = d.advance(ctx, dep.ID, release.Switch, nil); err != nil {
 		d.discard(ctx, rel)
+		d.giveBack(ctx, rel.App, previous)
 		return nil, err
 	}
 	if err := d.routes.point(ctx, rel.App, rel.Version, ready); err != nil {
@@ -369,6 +377,10 @@ func (d *Daemon) release(ctx context.Context, dep release.Deploy, rel m3o.Releas
 
 // start launches every process type of rel and waits until all are ready.
 func (d *Daemon) start(ctx context.Context, rel m3o.Release, out output) ([]m3o.Instance, error) {
+	rel, err := d.formed(ctx, rel, true)
+	if err != nil {
+		return nil, err
+	}
 	names := slices.Sorted(maps.Keys(rel.Processes))
 	for _, name := range names {
 		if err := d.launch(ctx, rel, name); err != nil {
@@ -395,7 +407,7 @@ func (d *Daemon) start(ctx context.Context, rel m3o.Release, out output) ([]m3o.
 				return nil, err
 			}
 			d.routes.setTraits(rel.App, rel.Version, t)
-			how = "healthy (" + checkName(rel.Health, t) + ")"
+			how = "healthy (" + checkWords(rel.Health, t) + ")"
 		}
 		out.line("%s %s in %s", name, how, seconds(time.Since(began)))
 	}
@@ -403,20 +415,6 @@ func (d *Daemon) start(ctx context.Context, rel m3o.Release, out output) ([]m3o.
 }
 
 func replicas(p m3o.Process) int { return max(p.Replicas, 0) }
-
-func checkName(h m3o.Health, t traits) string {
-	switch {
-	case h.Kind == "http":
-		return "HTTP " + h.Path
-	case h.Kind == "tcp":
-		return "TCP"
-	case t.Protocol == "grpc":
-		return "gRPC"
-	case t.Protocol == "http1":
-		return "HTTP"
-	}
-	return strings.ToUpper(t.Protocol)
-}
 
 func ref(rel m3o.Release, process string) runtime.Ref {
 	return runtime.Ref{App: rel.App, Process: process, Release: rel.Version}
@@ -431,19 +429,35 @@ func (d *Daemon) launch(ctx context.Context, rel m3o.Release, process string) er
 	return d.driver.Start(ctx, w, replicas(rel.Processes[process]))
 }
 
+// formed is rel as it runs under the app's formation. awake leaves out that
+// the app may be asleep.
+func (d *Daemon) formed(ctx context.Context, rel m3o.Release, awake bool) (m3o.Release, error) {
+	f, err := d.ledger.Formation(ctx, rel.App)
+	if err != nil {
+		return rel, err
+	}
+	return f.Over(rel, awake), nil
+}
+
 // workload is what the driver needs to run one process type of rel.
 func (d *Daemon) workload(ctx context.Context, rel m3o.Release, process string) (runtime.Workload, error) {
 	env, err := d.config.Env(ctx, rel.App, rel.Config)
 	if err != nil {
 		return runtime.Workload{}, err
 	}
-	p := rel.Processes[process]
+	f, err := d.ledger.Formation(ctx, rel.App)
+	if err != nil {
+		return runtime.Workload{}, err
+	}
+	p := f.Over(rel, true).Processes[process]
 	env = append(env, "M3O_APP="+rel.App, "M3O_RELEASE="+rel.Name(), "M3O_URL="+d.url(rel.App), "M3O_API="+d.apiURL())
 	h := rel.Health
 	if process != webProcess {
 		h = m3o.Health{}
 	}
-	return runtime.Workload{Ref: ref(rel, process), Image: rel.Image, Args: p.Command, Env: env, Port: p.Port, Health: h}, nil
+	return runtime.Workload{Ref: ref(rel, process), Image: rel.Image, Args: p.Command, Env: env, Port: p.Port, Health: h,
+		MemoryBytes: p.Limits.MemoryBytes, CPUMillis: p.Limits.CPUMillis, Pids: p.Limits.Pids, Files: p.Limits.Files, Grace: p.Limits.Grace,
+		Revision: f.Processes[process].Revision, Mounts: d.mounts(f, process)}, nil
 }
 
 // releaseCommand runs the release command in the new image. Its output is the pusher's.
@@ -487,6 +501,7 @@ func (d *Daemon) takeBack(ctx context.Context, rel m3o.Release, previous int) {
 	}
 	d.drain(ctx, rel.App, rel.Version)
 	d.discard(ctx, rel)
+	d.giveBack(ctx, rel.App, previous)
 }
 
 // drain waits until the router has no request of a release in flight, at most

@@ -22,6 +22,9 @@ import (
 // runs, and shuts it down when the apps should end too.
 type driver interface {
 	runtime.Driver
+	runtime.Explainer
+	runtime.Meter
+	OnDrain(func(context.Context, m3o.Instance)) // see runtime.Reconciler
 	Serve(ctx context.Context) error
 	Shutdown(ctx context.Context) error
 	Prune(ctx context.Context, keep []string) error
@@ -69,6 +72,7 @@ func (d *Daemon) openEngines(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("open runtime: %w", err)
 	}
+	d.driver.OnDrain(d.drainInstance)
 	return nil
 }
 

@@ -84,6 +84,9 @@ func (d *Daemon) startLive(ctx context.Context) error {
 		} else if err != nil {
 			return err
 		}
+		if rel, err = d.formed(ctx, rel, false); err != nil {
+			return err
+		}
 		for name := range rel.Processes {
 			want[ref(rel, name)] = true
 			// One app that cannot start must not keep the others down.
@@ -93,6 +96,12 @@ func (d *Daemon) startLive(ctx context.Context) error {
 		}
 		d.background(func(ctx context.Context) { d.remember(ctx, rel) })
 		d.routes.setLive(app.Name, rel.Version)
+		if err := d.reshape(ctx, app.Name); err != nil {
+			return err
+		}
+		if kept, err := d.ledger.Kept(ctx, app.Name); err == nil && len(kept) > 1 {
+			d.guardTrial(rel, kept[1].Version)
+		}
 		d.tellKept(ctx, app.Name)
 	}
 	if err := d.recoverCanaries(ctx, want); err != nil {

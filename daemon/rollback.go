@@ -2,6 +2,7 @@ package daemon
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"fmt"
 	"io"
@@ -16,6 +17,13 @@ import (
 // processes, and returns once it is live. version 0 means the release that
 // was live before the one that is.
 func (d *Daemon) rollback(ctx context.Context, app, user string, version int) (rel m3o.Release, from int, err error) {
+	return d.rollbackFrom(ctx, app, user, 0, version, "")
+}
+
+// rollbackFrom is rollback for who does it because of the live release, which
+// is a Conflict when another is live by now; 0 means whichever it is. reason
+// is what the ledger says of it, "" the usual.
+func (d *Daemon) rollbackFrom(ctx context.Context, app, user string, expected, version int, reason string) (rel m3o.Release, from int, err error) {
 	unlock, err := d.lanes.lock(ctx, app)
 	if err != nil {
 		return rel, 0, err
@@ -24,6 +32,9 @@ func (d *Daemon) rollback(ctx context.Context, app, user string, version int) (r
 	live, err := d.ledger.Live(ctx, app)
 	if err != nil {
 		return rel, 0, err
+	}
+	if expected != 0 && live.Version != expected {
+		return rel, 0, m3o.Errorf(m3o.Conflict, "v%d of %s is not live any more", expected, app)
 	}
 	kept, err := d.ledger.Kept(ctx, app)
 	if err != nil {
@@ -44,7 +55,7 @@ func (d *Daemon) rollback(ctx context.Context, app, user string, version int) (r
 	case target.Version == 0:
 		return rel, 0, &m3o.Error{Kind: m3o.NotFound, Msg: fmt.Sprintf("v%d of %s never went live or is no longer kept", version, app), Hint: "m3o releases -a " + app}
 	}
-	target.Reason, target.User = "rollback to "+target.Name(), user
+	target.Reason, target.User = cmp.Or(reason, "rollback to "+target.Name()), user
 	rel, err = d.redeploy(ctx, target)
 	return rel, live.Version, err
 }

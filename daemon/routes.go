@@ -45,6 +45,7 @@ type routes struct {
 	kept      map[string][]int // releases a rollback offers, which have a host of their own
 	hosts     map[string][]alias
 	modes     map[string]mode
+	rests     map[string]rest
 	instances map[string]m3o.Instance
 	byApp     map[string]map[string]bool // ids in instances
 	traits    map[appVersion]traits
@@ -70,10 +71,25 @@ type alias struct{ name, redirect string }
 // mode is what an operator set an app to.
 type mode struct{ maintenance, paused bool }
 
+// setRest says that an app is asleep, or that its only instance is about to be
+// replaced, and gives the generation of the table that says so.
+func (r *routes) setRest(app string, z rest) uint64 {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.rests[app] == z {
+		return 0
+	}
+	r.rests[app] = z
+	return r.touch(app)
+}
+
+// rest is why an app has no instance for a while: requests wait then.
+type rest struct{ asleep, hold bool }
+
 func newRoutes(domain, api string, rt tables, log *slog.Logger) *routes {
 	return &routes{domain: domain, api: api, router: rt, log: log, told: func(_, _ m3o.Instance) {},
 		policy: func(string) *router.Policy { return nil }, canaries: map[string]canary{},
-		live: map[string]int{}, kept: map[string][]int{}, hosts: map[string][]alias{}, modes: map[string]mode{},
+		live: map[string]int{}, kept: map[string][]int{}, hosts: map[string][]alias{}, modes: map[string]mode{}, rests: map[string]rest{},
 		instances: map[string]m3o.Instance{}, byApp: map[string]map[string]bool{}, traits: map[appVersion]traits{},
 		dirty: map[string]bool{}, whole: true, held: true, changed: make(chan struct{}), wake: make(chan struct{}, 1)}
 }
@@ -144,6 +160,7 @@ func (r *routes) destroy(app string) {
 	delete(r.hosts, app)
 	delete(r.modes, app)
 	delete(r.canaries, app)
+	delete(r.rests, app)
 	r.touch(app)
 }
 
@@ -329,8 +346,12 @@ func (r *routes) rows(app string) []router.Host {
 		return router.Host{Kind: router.KindApp, App: app, Release: v, Endpoints: eps, Protocol: cmp.Or(tr.Protocol, router.HTTP1),
 			Descriptors: tr.Descriptors, Maintenance: m.maintenance, Paused: m.paused, Policy: policy}
 	}
+	z := r.rests[app]
+	if z.asleep {
+		eps = nil // what is still there is on its way out
+	}
 	main := row(version, eps)
-	main.Name = app + "." + r.domain
+	main.Name, main.Asleep, main.Hold = app+"."+r.domain, z.asleep, z.hold
 	if c := r.canaries[app]; c.Version != 0 && c.Version != version {
 		tr := r.traits[appVersion{app, c.Version}]
 		main.Canary = &router.Canary{Release: c.Version, Endpoints: r.endpoints(app, c.Version), Protocol: cmp.Or(tr.Protocol, router.HTTP1),
@@ -349,7 +370,7 @@ func (r *routes) rows(app string) []router.Host {
 		// old one would keep its requests from draining.
 		h := row(v, nil)
 		if v == version {
-			h.Endpoints = eps
+			h.Endpoints, h.Asleep, h.Hold = eps, z.asleep, z.hold
 		}
 		h.Name, h.Kind = fmt.Sprintf("v%d--%s.%s", v, app, r.domain), router.KindRelease
 		rows = append(rows, h)

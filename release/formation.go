@@ -60,6 +60,9 @@ func (f Formation) Over(rel m3o.Release, awake bool) m3o.Release {
 		if s.Scaling != nil {
 			p.Scaling = *s.Scaling
 		}
+		if len(f.Mounts(name)) > 0 { // two instances must not write to the same files
+			p.Replicas, p.Scaling = min(p.Replicas, 1), m3o.Scaling{}
+		}
 		if p.Scaling.On() {
 			p.Replicas = min(max(p.Replicas, p.Scaling.Min), p.Scaling.Max)
 		}

@@ -33,6 +33,11 @@ func TestFormationLiesOverTheRelease(t *testing.T) {
 	if d := cmp.Diff(want, got.Processes); d != "" || got.Sleep != 0 {
 		t.Errorf("sleep %v, processes (-want +got):\n%s", got.Sleep, d)
 	}
+	f.Volumes = map[string]Volume{"data": {Process: "web", Path: "/data"}, "old": {}}
+	if got := f.Over(rel, false).Processes["web"]; got.Replicas != 1 || got.Scaling.On() {
+		t.Errorf("with a volume it runs %+v", got)
+	}
+	f.Volumes = nil
 	if rel.Processes["web"].Replicas != 1 {
 		t.Error("the release itself was changed")
 	}

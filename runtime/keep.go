@@ -108,7 +108,11 @@ func (r *Reconciler) change(in *instance, f func()) {
 	// The hub's order is the order of the changes: both under one lock.
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	was := in.At
 	f()
+	if in.At.Before(was) { // the clock was set back: order counts more
+		in.At = was
+	}
 	r.hub.publish(in.Instance)
 }
 

@@ -157,3 +157,47 @@ func TestDrainComesBeforeTheRequestToEnd(t *testing.T) {
 		}
 	})
 }
+
+// Who compares two changes by their time must not lose one when the clock was
+// set back, or forward and back, between them.
+func TestChangesStayInOrderWhenTheClockJumps(t *testing.T) {
+	inBubble(t, func(t *testing.T, r *Reconciler, p *puppet) {
+		ctx, cancel := context.WithCancel(t.Context())
+		seen := make(chan []m3o.Instance, 1)
+		listed := make(chan struct{})
+		go func() {
+			var all []m3o.Instance
+			for in, err := range r.Events(ctx) {
+				switch {
+				case err != nil:
+					t.Error(err)
+				case in.ID == "":
+					close(listed)
+				default:
+					all = append(all, in)
+				}
+			}
+			seen <- all
+		}()
+		<-listed
+		if err := r.Start(t.Context(), Workload{Ref: web, Port: 8080}, 1); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(time.Second)
+		for _, jump := range []time.Duration{-time.Hour, time.Hour, -time.Hour} {
+			p.exit <- Exit{Code: 1, At: time.Now().Add(jump).Round(0)}
+			time.Sleep(5 * time.Second)
+			synctest.Wait()
+			if got := phase(t, r); got != m3o.Ready {
+				t.Errorf("after a jump of %v it is %s", jump, got)
+			}
+		}
+		cancel()
+		all := <-seen
+		for i := 1; i < len(all); i++ {
+			if all[i].At.Before(all[i-1].At) {
+				t.Errorf("%s at %v follows %s at %v", all[i].Phase, all[i].At, all[i-1].Phase, all[i-1].At)
+			}
+		}
+	})
+}

@@ -62,6 +62,15 @@ const shownLines = 20
 // of someone who wants to fix the app, and the last lines the instance logged
 // follow, indented, one a line.
 func WaitReady(ctx context.Context, d Driver, r Ref, n int, onChange func(m3o.Instance)) ([]m3o.Instance, error) {
+	return waitReady(ctx, d, r, n, func(m3o.Instance) bool { return true }, onChange)
+}
+
+// WaitReplaced is WaitReady for instances of one revision of r's workload.
+func WaitReplaced(ctx context.Context, d Driver, r Ref, revision, n int) ([]m3o.Instance, error) {
+	return waitReady(ctx, d, r, n, func(in m3o.Instance) bool { return in.Revision == revision }, nil)
+}
+
+func waitReady(ctx context.Context, d Driver, r Ref, n int, counts func(m3o.Instance) bool, onChange func(m3o.Instance)) ([]m3o.Instance, error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	began := time.Now()
@@ -105,7 +114,7 @@ func WaitReady(ctx context.Context, d Driver, r Ref, n int, onChange func(m3o.In
 			}
 			in := e.in
 			listed = listed || in.ID == ""
-			if in.App != r.App || in.Process != r.Process || in.Release != r.Release || in.ID == "" {
+			if in.App != r.App || in.Process != r.Process || in.Release != r.Release || in.ID == "" || !counts(in) {
 				continue
 			}
 			all[in.ID] = in

@@ -183,9 +183,10 @@ func TestTables(t *testing.T) {
 		{"builds -a hello", "BUILD  STATUS     COMMIT   BY   WHEN           TOOK    WHAT\n" +
 			"2      succeeded  2222222  ada  3 minutes ago  2.1s    second\n" +
 			"1      failed              ada  5 minutes ago  300 ms  main.go:7: undefined: greet\n"},
-		{"ps hello", "PROCESS  INSTANCE     RELEASE  PHASE       RESTARTS  SINCE\n" +
-			"web      hello-web-1  v2       ready       0         2 minutes ago\n" +
-			"web      hello-web-2  v2       exited (3)  4         3 hours ago\n"},
+		{"ps hello", "PROCESS  INSTANCE     RELEASE  PHASE     CPU  MEMORY        RESTARTS  SINCE\n" +
+			"web      hello-web-1  v2       ready     13%  40 MB/512 MB  0         2 minutes ago\n" +
+			"web      hello-web-2  v2       crashing                     4         3 hours ago\n" +
+			"\nhello-web-2: exited with code 3, 4 times in a row\n  panic: no database\n"},
 		{"config -a hello", "NAME      VALUE\nGREETING  Hello\nAPI_KEY   (secret)\n"},
 		{"info hello", "App        hello\nURL        https://hello.localhost\nGit        ssh://m3o@git.localhost:2222/hello\nStatus     running\nRelease    v2\nCommit     2222222\n" +
 			"Instances  2 ready\nBranch     main\nOwner      ada\nCreated    2 days ago\nReleased   2 minutes ago\n"},

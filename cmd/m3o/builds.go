@@ -107,34 +107,3 @@ func (w *lineWriter) flush() {
 		w.rest = nil
 	}
 }
-
-func runPs(ctx context.Context, c *call) error {
-	app, cl, err := c.withApp(ctx)
-	if err != nil {
-		return err
-	}
-	res, err := ask(ctx, cl.processes.List, &m3ov1.ListInstancesRequest{App: app})
-	if err != nil {
-		return err
-	}
-	return c.result(res, func() {
-		if len(res.GetInstances()) == 0 {
-			c.say("%s has no instances", app)
-			c.hint("m3o info -a %s", app)
-			return
-		}
-		var rows [][]string
-		for _, i := range res.GetInstances() {
-			phase := c.status(plain(i.GetPhase()))
-			switch {
-			case i.GetOom():
-				phase += " (out of memory)"
-			case i.GetPhase() == "exited":
-				phase += " (" + strconv.Itoa(int(i.GetExit())) + ")"
-			}
-			rows = append(rows, []string{plain(i.GetProcess()), plain(i.GetId()), plain(i.GetRelease()), phase,
-				strconv.Itoa(int(i.GetRestarts())), c.when(i.GetSince())})
-		}
-		c.table([]string{"PROCESS", "INSTANCE", "RELEASE", "PHASE", "RESTARTS", "SINCE"}, rows)
-	})
-}

@@ -149,6 +149,8 @@ type client struct {
 	runs      m3ov1connect.RunsClient
 	drains    m3ov1connect.DrainsClient
 	doctor    m3ov1connect.DoctorClient
+	scale     m3ov1connect.ScaleClient
+	volumes   m3ov1connect.VolumesClient
 	server    m3ov1connect.ServerClient
 	schedules m3ov1connect.SchedulesClient
 	domains   m3ov1connect.DomainsClient
@@ -213,6 +215,8 @@ func clientWith(t target, conf *tls.Config) *client {
 		doctor:    m3ov1connect.NewDoctorClient(h, base, opts...),
 		drains:    m3ov1connect.NewDrainsClient(h, base, opts...),
 		runs:      m3ov1connect.NewRunsClient(h, base, opts...),
+		scale:     m3ov1connect.NewScaleClient(h, base, opts...),
+		volumes:   m3ov1connect.NewVolumesClient(h, base, opts...),
 		server:    m3ov1connect.NewServerClient(h, base, opts...),
 		schedules: m3ov1connect.NewSchedulesClient(h, base, opts...),
 		domains:   m3ov1connect.NewDomainsClient(h, base, opts...),
@@ -263,7 +267,10 @@ func (c caller) WrapUnary(next connect.UnaryFunc) connect.UnaryFunc {
 		switch req.Spec().Procedure {
 		case m3ov1connect.ReleasesRollbackProcedure, m3ov1connect.ConfigSetProcedure,
 			m3ov1connect.ConfigUnsetProcedure, m3ov1connect.AppsDestroyProcedure,
-			m3ov1connect.CanarySetProcedure, m3ov1connect.CanaryPromoteProcedure:
+			m3ov1connect.CanarySetProcedure, m3ov1connect.CanaryPromoteProcedure,
+			m3ov1connect.ScaleSetProcedure, m3ov1connect.ScaleRestartProcedure, m3ov1connect.ScaleStartProcedure,
+			m3ov1connect.ScaleStopProcedure, m3ov1connect.ScaleAutoscaleProcedure, m3ov1connect.ScaleSleepProcedure,
+			m3ov1connect.VolumesMountProcedure, m3ov1connect.VolumesUnmountProcedure:
 			limit = deployTime
 		}
 		ctx, cancel := context.WithTimeout(ctx, limit)

@@ -11,6 +11,8 @@ func commands() []*command {
 		requestCommands(),
 		scheduleCommands(),
 		domainsCommands(),
+		psCommands(),
+		storageCommands(),
 		runCommands(),
 		logCommands(),
 		doctorCommands(),
@@ -112,7 +114,6 @@ history. One newline at the end is left out. With --secret the values of this co
 		{name: "config:unset", aliases: []string{"config:remove", "config:del"}, group: "Config", args: "NAME…", min: 1, max: -1, app: true, run: runConfigUnset, completes: "var",
 			short: "Remove variables, which makes a release", flags: []flag{noRestart}},
 
-		{name: "ps", aliases: []string{"ps:list"}, group: "Running", args: "[APP]", max: 1, app: true, appArg: true, run: runPs, completes: "app", short: "List the instances of an app"},
 		{name: "status", group: "Running", args: "[APP]", max: 1, app: true, appArg: true, run: runStatus, completes: "app",
 			short: "The instances of an app or, where none is named, all apps"},
 		{name: "keys", aliases: []string{"keys:list"}, group: "Keys and users", run: runKeys, short: "List your SSH keys",

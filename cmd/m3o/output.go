@@ -99,7 +99,7 @@ func (s *system) status(word string) string {
 	switch word {
 	case "running", "live", "ready", "succeeded", "ok", "delivered":
 		return s.paint(green, word)
-	case "failed", "down", "unhealthy", "exited", "missed", "lost":
+	case "failed", "down", "unhealthy", "exited", "crashing", "missed", "lost":
 		return s.paint(red, word)
 	case "deploying", "starting", "draining", "held", "locked", "paused", "pending":
 		return s.paint(yellow, word)

@@ -449,8 +449,9 @@ func (s processesService) List(_ context.Context, req *connect.Request[m3ov1.Lis
 			return &m3ov1.ListInstancesResponse{}, err
 		}
 		return &m3ov1.ListInstancesResponse{Instances: []*m3ov1.Instance{
-			{Id: "hello-web-1", Process: "web", Release: a.Release, Phase: "ready", Since: stamp(2 * time.Minute), Address: "198.18.0.2:8080"},
-			{Id: "hello-web-2", Process: "web", Release: a.Release, Phase: "exited", Exit: 3, Restarts: 4, Since: stamp(3 * time.Hour)},
+			{Id: "hello-web-1", Process: "web", Release: a.Release, Phase: "ready", Since: stamp(2 * time.Minute), Cpu: 13, MemoryBytes: 40 << 20, MemoryLimit: 512 << 20, Address: "198.18.0.2:8080"},
+			{Id: "hello-web-2", Process: "web", Release: a.Release, Phase: "crashing", Exit: 3, Restarts: 4, Since: stamp(3 * time.Hour),
+				Why: "exited with code 3, 4 times in a row", LastLines: []string{"panic: no database"}},
 		}}, nil
 	})
 }

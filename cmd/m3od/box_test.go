@@ -84,6 +84,7 @@ type box struct {
 	ssh   string
 	api   string
 
+	exe   string // the daemon's binary; "" is this test's own
 	cmd   *exec.Cmd
 	out   *lockedBuffer // stdout of the daemon
 	log   *lockedBuffer // stderr of the daemon
@@ -191,6 +192,9 @@ func (b *box) start(extra ...string) error {
 	exe, err := os.Executable()
 	if err != nil {
 		return err
+	}
+	if b.exe != "" {
+		exe = b.exe
 	}
 	b.cmd = exec.Command(exe)
 	b.cmd.Env = append(append([]string(nil), b.env...), extra...)

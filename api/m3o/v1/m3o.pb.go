@@ -2581,6 +2581,15 @@ type Instance struct {
 	Oom           bool                   `protobuf:"varint,7,opt,name=oom,proto3" json:"oom,omitempty"`
 	Since         *timestamppb.Timestamp `protobuf:"bytes,8,opt,name=since,proto3" json:"since,omitempty"`
 	Address       string                 `protobuf:"bytes,9,opt,name=address,proto3" json:"address,omitempty"`
+	Cpu           float64                `protobuf:"fixed64,10,opt,name=cpu,proto3" json:"cpu,omitempty"`                          // percent of one core, lately
+	CpuLimit      int64                  `protobuf:"varint,11,opt,name=cpu_limit,json=cpuLimit,proto3" json:"cpu_limit,omitempty"` // thousandths of a core; 0: none
+	MemoryBytes   int64                  `protobuf:"varint,12,opt,name=memory_bytes,json=memoryBytes,proto3" json:"memory_bytes,omitempty"`
+	MemoryLimit   int64                  `protobuf:"varint,13,opt,name=memory_limit,json=memoryLimit,proto3" json:"memory_limit,omitempty"`
+	Pids          int64                  `protobuf:"varint,14,opt,name=pids,proto3" json:"pids,omitempty"`
+	Crashes       int32                  `protobuf:"varint,15,opt,name=crashes,proto3" json:"crashes,omitempty"`                     // exits by itself in a row
+	Why           string                 `protobuf:"bytes,16,opt,name=why,proto3" json:"why,omitempty"`                              // what is wrong, in words; "" when nothing is
+	NextStart     *timestamppb.Timestamp `protobuf:"bytes,17,opt,name=next_start,json=nextStart,proto3" json:"next_start,omitempty"` // of one that waits to be started again
+	LastLines     []string               `protobuf:"bytes,18,rep,name=last_lines,json=lastLines,proto3" json:"last_lines,omitempty"` // of its log, when it crashes again and again
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2678,6 +2687,69 @@ func (x *Instance) GetAddress() string {
 	return ""
 }
 
+func (x *Instance) GetCpu() float64 {
+	if x != nil {
+		return x.Cpu
+	}
+	return 0
+}
+
+func (x *Instance) GetCpuLimit() int64 {
+	if x != nil {
+		return x.CpuLimit
+	}
+	return 0
+}
+
+func (x *Instance) GetMemoryBytes() int64 {
+	if x != nil {
+		return x.MemoryBytes
+	}
+	return 0
+}
+
+func (x *Instance) GetMemoryLimit() int64 {
+	if x != nil {
+		return x.MemoryLimit
+	}
+	return 0
+}
+
+func (x *Instance) GetPids() int64 {
+	if x != nil {
+		return x.Pids
+	}
+	return 0
+}
+
+func (x *Instance) GetCrashes() int32 {
+	if x != nil {
+		return x.Crashes
+	}
+	return 0
+}
+
+func (x *Instance) GetWhy() string {
+	if x != nil {
+		return x.Why
+	}
+	return ""
+}
+
+func (x *Instance) GetNextStart() *timestamppb.Timestamp {
+	if x != nil {
+		return x.NextStart
+	}
+	return nil
+}
+
+func (x *Instance) GetLastLines() []string {
+	if x != nil {
+		return x.LastLines
+	}
+	return nil
+}
+
 type ListInstancesRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	App           string                 `protobuf:"bytes,1,opt,name=app,proto3" json:"app,omitempty"`
@@ -2725,6 +2797,7 @@ func (x *ListInstancesRequest) GetApp() string {
 type ListInstancesResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Instances     []*Instance            `protobuf:"bytes,1,rep,name=instances,proto3" json:"instances,omitempty"`
+	Asleep        bool                   `protobuf:"varint,2,opt,name=asleep,proto3" json:"asleep,omitempty"` // the app is stopped until a request comes
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2764,6 +2837,13 @@ func (x *ListInstancesResponse) GetInstances() []*Instance {
 		return x.Instances
 	}
 	return nil
+}
+
+func (x *ListInstancesResponse) GetAsleep() bool {
+	if x != nil {
+		return x.Asleep
+	}
+	return false
 }
 
 type LogsRequest struct {
@@ -3237,7 +3317,7 @@ const file_m3o_v1_m3o_proto_rawDesc = "" +
 	"no_restart\x18\x03 \x01(\bR\tnoRestart\"K\n" +
 	"\x13UnsetConfigResponse\x12\x1a\n" +
 	"\brevision\x18\x01 \x01(\x05R\brevision\x12\x18\n" +
-	"\arelease\x18\x02 \x01(\x05R\arelease\"\xf2\x01\n" +
+	"\arelease\x18\x02 \x01(\x05R\arelease\"\x81\x04\n" +
 	"\bInstance\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x18\n" +
 	"\aprocess\x18\x02 \x01(\tR\aprocess\x12\x18\n" +
@@ -3247,11 +3327,24 @@ const file_m3o_v1_m3o_proto_rawDesc = "" +
 	"\x04exit\x18\x06 \x01(\x05R\x04exit\x12\x10\n" +
 	"\x03oom\x18\a \x01(\bR\x03oom\x120\n" +
 	"\x05since\x18\b \x01(\v2\x1a.google.protobuf.TimestampR\x05since\x12\x18\n" +
-	"\aaddress\x18\t \x01(\tR\aaddress\"(\n" +
+	"\aaddress\x18\t \x01(\tR\aaddress\x12\x10\n" +
+	"\x03cpu\x18\n" +
+	" \x01(\x01R\x03cpu\x12\x1b\n" +
+	"\tcpu_limit\x18\v \x01(\x03R\bcpuLimit\x12!\n" +
+	"\fmemory_bytes\x18\f \x01(\x03R\vmemoryBytes\x12!\n" +
+	"\fmemory_limit\x18\r \x01(\x03R\vmemoryLimit\x12\x12\n" +
+	"\x04pids\x18\x0e \x01(\x03R\x04pids\x12\x18\n" +
+	"\acrashes\x18\x0f \x01(\x05R\acrashes\x12\x10\n" +
+	"\x03why\x18\x10 \x01(\tR\x03why\x129\n" +
+	"\n" +
+	"next_start\x18\x11 \x01(\v2\x1a.google.protobuf.TimestampR\tnextStart\x12\x1d\n" +
+	"\n" +
+	"last_lines\x18\x12 \x03(\tR\tlastLines\"(\n" +
 	"\x14ListInstancesRequest\x12\x10\n" +
-	"\x03app\x18\x01 \x01(\tR\x03app\"G\n" +
+	"\x03app\x18\x01 \x01(\tR\x03app\"_\n" +
 	"\x15ListInstancesResponse\x12.\n" +
-	"\tinstances\x18\x01 \x03(\v2\x10.m3o.v1.InstanceR\tinstances\"\xff\x01\n" +
+	"\tinstances\x18\x01 \x03(\v2\x10.m3o.v1.InstanceR\tinstances\x12\x16\n" +
+	"\x06asleep\x18\x02 \x01(\bR\x06asleep\"\xff\x01\n" +
 	"\vLogsRequest\x12\x10\n" +
 	"\x03app\x18\x01 \x01(\tR\x03app\x12\x18\n" +
 	"\aprocess\x18\x02 \x01(\tR\aprocess\x12\x14\n" +
@@ -3402,62 +3495,63 @@ var file_m3o_v1_m3o_proto_depIdxs = []int32{
 	40, // 17: m3o.v1.ListConfigResponse.vars:type_name -> m3o.v1.Var
 	40, // 18: m3o.v1.SetConfigRequest.vars:type_name -> m3o.v1.Var
 	55, // 19: m3o.v1.Instance.since:type_name -> google.protobuf.Timestamp
-	47, // 20: m3o.v1.ListInstancesResponse.instances:type_name -> m3o.v1.Instance
-	55, // 21: m3o.v1.LogsRequest.since:type_name -> google.protobuf.Timestamp
-	55, // 22: m3o.v1.LogsRequest.until:type_name -> google.protobuf.Timestamp
-	55, // 23: m3o.v1.LogsResponse.time:type_name -> google.protobuf.Timestamp
-	30, // 24: m3o.v1.Release.ProcessesEntry.value:type_name -> m3o.v1.Process
-	1,  // 25: m3o.v1.Auth.Challenge:input_type -> m3o.v1.ChallengeRequest
-	3,  // 26: m3o.v1.Auth.Login:input_type -> m3o.v1.LoginRequest
-	5,  // 27: m3o.v1.Auth.Bootstrap:input_type -> m3o.v1.BootstrapRequest
-	7,  // 28: m3o.v1.Auth.Whoami:input_type -> m3o.v1.WhoamiRequest
-	9,  // 29: m3o.v1.Auth.Logout:input_type -> m3o.v1.LogoutRequest
-	12, // 30: m3o.v1.Keys.Add:input_type -> m3o.v1.AddKeyRequest
-	14, // 31: m3o.v1.Keys.List:input_type -> m3o.v1.ListKeysRequest
-	16, // 32: m3o.v1.Keys.Remove:input_type -> m3o.v1.RemoveKeyRequest
-	18, // 33: m3o.v1.Keys.CreateUser:input_type -> m3o.v1.CreateUserRequest
-	21, // 34: m3o.v1.Apps.Create:input_type -> m3o.v1.CreateAppRequest
-	23, // 35: m3o.v1.Apps.List:input_type -> m3o.v1.ListAppsRequest
-	25, // 36: m3o.v1.Apps.Get:input_type -> m3o.v1.GetAppRequest
-	27, // 37: m3o.v1.Apps.Destroy:input_type -> m3o.v1.DestroyAppRequest
-	31, // 38: m3o.v1.Releases.List:input_type -> m3o.v1.ListReleasesRequest
-	33, // 39: m3o.v1.Releases.Rollback:input_type -> m3o.v1.RollbackRequest
-	36, // 40: m3o.v1.Builds.List:input_type -> m3o.v1.ListBuildsRequest
-	38, // 41: m3o.v1.Builds.Output:input_type -> m3o.v1.BuildOutputRequest
-	41, // 42: m3o.v1.Config.List:input_type -> m3o.v1.ListConfigRequest
-	43, // 43: m3o.v1.Config.Set:input_type -> m3o.v1.SetConfigRequest
-	45, // 44: m3o.v1.Config.Unset:input_type -> m3o.v1.UnsetConfigRequest
-	48, // 45: m3o.v1.Processes.List:input_type -> m3o.v1.ListInstancesRequest
-	50, // 46: m3o.v1.Processes.Logs:input_type -> m3o.v1.LogsRequest
-	52, // 47: m3o.v1.Server.Info:input_type -> m3o.v1.InfoRequest
-	2,  // 48: m3o.v1.Auth.Challenge:output_type -> m3o.v1.ChallengeResponse
-	4,  // 49: m3o.v1.Auth.Login:output_type -> m3o.v1.LoginResponse
-	6,  // 50: m3o.v1.Auth.Bootstrap:output_type -> m3o.v1.BootstrapResponse
-	8,  // 51: m3o.v1.Auth.Whoami:output_type -> m3o.v1.WhoamiResponse
-	10, // 52: m3o.v1.Auth.Logout:output_type -> m3o.v1.LogoutResponse
-	13, // 53: m3o.v1.Keys.Add:output_type -> m3o.v1.AddKeyResponse
-	15, // 54: m3o.v1.Keys.List:output_type -> m3o.v1.ListKeysResponse
-	17, // 55: m3o.v1.Keys.Remove:output_type -> m3o.v1.RemoveKeyResponse
-	19, // 56: m3o.v1.Keys.CreateUser:output_type -> m3o.v1.CreateUserResponse
-	22, // 57: m3o.v1.Apps.Create:output_type -> m3o.v1.CreateAppResponse
-	24, // 58: m3o.v1.Apps.List:output_type -> m3o.v1.ListAppsResponse
-	26, // 59: m3o.v1.Apps.Get:output_type -> m3o.v1.GetAppResponse
-	28, // 60: m3o.v1.Apps.Destroy:output_type -> m3o.v1.DestroyAppResponse
-	32, // 61: m3o.v1.Releases.List:output_type -> m3o.v1.ListReleasesResponse
-	34, // 62: m3o.v1.Releases.Rollback:output_type -> m3o.v1.RollbackResponse
-	37, // 63: m3o.v1.Builds.List:output_type -> m3o.v1.ListBuildsResponse
-	39, // 64: m3o.v1.Builds.Output:output_type -> m3o.v1.BuildOutputResponse
-	42, // 65: m3o.v1.Config.List:output_type -> m3o.v1.ListConfigResponse
-	44, // 66: m3o.v1.Config.Set:output_type -> m3o.v1.SetConfigResponse
-	46, // 67: m3o.v1.Config.Unset:output_type -> m3o.v1.UnsetConfigResponse
-	49, // 68: m3o.v1.Processes.List:output_type -> m3o.v1.ListInstancesResponse
-	51, // 69: m3o.v1.Processes.Logs:output_type -> m3o.v1.LogsResponse
-	53, // 70: m3o.v1.Server.Info:output_type -> m3o.v1.InfoResponse
-	48, // [48:71] is the sub-list for method output_type
-	25, // [25:48] is the sub-list for method input_type
-	25, // [25:25] is the sub-list for extension type_name
-	25, // [25:25] is the sub-list for extension extendee
-	0,  // [0:25] is the sub-list for field type_name
+	55, // 20: m3o.v1.Instance.next_start:type_name -> google.protobuf.Timestamp
+	47, // 21: m3o.v1.ListInstancesResponse.instances:type_name -> m3o.v1.Instance
+	55, // 22: m3o.v1.LogsRequest.since:type_name -> google.protobuf.Timestamp
+	55, // 23: m3o.v1.LogsRequest.until:type_name -> google.protobuf.Timestamp
+	55, // 24: m3o.v1.LogsResponse.time:type_name -> google.protobuf.Timestamp
+	30, // 25: m3o.v1.Release.ProcessesEntry.value:type_name -> m3o.v1.Process
+	1,  // 26: m3o.v1.Auth.Challenge:input_type -> m3o.v1.ChallengeRequest
+	3,  // 27: m3o.v1.Auth.Login:input_type -> m3o.v1.LoginRequest
+	5,  // 28: m3o.v1.Auth.Bootstrap:input_type -> m3o.v1.BootstrapRequest
+	7,  // 29: m3o.v1.Auth.Whoami:input_type -> m3o.v1.WhoamiRequest
+	9,  // 30: m3o.v1.Auth.Logout:input_type -> m3o.v1.LogoutRequest
+	12, // 31: m3o.v1.Keys.Add:input_type -> m3o.v1.AddKeyRequest
+	14, // 32: m3o.v1.Keys.List:input_type -> m3o.v1.ListKeysRequest
+	16, // 33: m3o.v1.Keys.Remove:input_type -> m3o.v1.RemoveKeyRequest
+	18, // 34: m3o.v1.Keys.CreateUser:input_type -> m3o.v1.CreateUserRequest
+	21, // 35: m3o.v1.Apps.Create:input_type -> m3o.v1.CreateAppRequest
+	23, // 36: m3o.v1.Apps.List:input_type -> m3o.v1.ListAppsRequest
+	25, // 37: m3o.v1.Apps.Get:input_type -> m3o.v1.GetAppRequest
+	27, // 38: m3o.v1.Apps.Destroy:input_type -> m3o.v1.DestroyAppRequest
+	31, // 39: m3o.v1.Releases.List:input_type -> m3o.v1.ListReleasesRequest
+	33, // 40: m3o.v1.Releases.Rollback:input_type -> m3o.v1.RollbackRequest
+	36, // 41: m3o.v1.Builds.List:input_type -> m3o.v1.ListBuildsRequest
+	38, // 42: m3o.v1.Builds.Output:input_type -> m3o.v1.BuildOutputRequest
+	41, // 43: m3o.v1.Config.List:input_type -> m3o.v1.ListConfigRequest
+	43, // 44: m3o.v1.Config.Set:input_type -> m3o.v1.SetConfigRequest
+	45, // 45: m3o.v1.Config.Unset:input_type -> m3o.v1.UnsetConfigRequest
+	48, // 46: m3o.v1.Processes.List:input_type -> m3o.v1.ListInstancesRequest
+	50, // 47: m3o.v1.Processes.Logs:input_type -> m3o.v1.LogsRequest
+	52, // 48: m3o.v1.Server.Info:input_type -> m3o.v1.InfoRequest
+	2,  // 49: m3o.v1.Auth.Challenge:output_type -> m3o.v1.ChallengeResponse
+	4,  // 50: m3o.v1.Auth.Login:output_type -> m3o.v1.LoginResponse
+	6,  // 51: m3o.v1.Auth.Bootstrap:output_type -> m3o.v1.BootstrapResponse
+	8,  // 52: m3o.v1.Auth.Whoami:output_type -> m3o.v1.WhoamiResponse
+	10, // 53: m3o.v1.Auth.Logout:output_type -> m3o.v1.LogoutResponse
+	13, // 54: m3o.v1.Keys.Add:output_type -> m3o.v1.AddKeyResponse
+	15, // 55: m3o.v1.Keys.List:output_type -> m3o.v1.ListKeysResponse
+	17, // 56: m3o.v1.Keys.Remove:output_type -> m3o.v1.RemoveKeyResponse
+	19, // 57: m3o.v1.Keys.CreateUser:output_type -> m3o.v1.CreateUserResponse
+	22, // 58: m3o.v1.Apps.Create:output_type -> m3o.v1.CreateAppResponse
+	24, // 59: m3o.v1.Apps.List:output_type -> m3o.v1.ListAppsResponse
+	26, // 60: m3o.v1.Apps.Get:output_type -> m3o.v1.GetAppResponse
+	28, // 61: m3o.v1.Apps.Destroy:output_type -> m3o.v1.DestroyAppResponse
+	32, // 62: m3o.v1.Releases.List:output_type -> m3o.v1.ListReleasesResponse
+	34, // 63: m3o.v1.Releases.Rollback:output_type -> m3o.v1.RollbackResponse
+	37, // 64: m3o.v1.Builds.List:output_type -> m3o.v1.ListBuildsResponse
+	39, // 65: m3o.v1.Builds.Output:output_type -> m3o.v1.BuildOutputResponse
+	42, // 66: m3o.v1.Config.List:output_type -> m3o.v1.ListConfigResponse
+	44, // 67: m3o.v1.Config.Set:output_type -> m3o.v1.SetConfigResponse
+	46, // 68: m3o.v1.Config.Unset:output_type -> m3o.v1.UnsetConfigResponse
+	49, // 69: m3o.v1.Processes.List:output_type -> m3o.v1.ListInstancesResponse
+	51, // 70: m3o.v1.Processes.Logs:output_type -> m3o.v1.LogsResponse
+	53, // 71: m3o.v1.Server.Info:output_type -> m3o.v1.InfoResponse
+	49, // [49:72] is the sub-list for method output_type
+	26, // [26:49] is the sub-list for method input_type
+	26, // [26:26] is the sub-list for extension type_name
+	26, // [26:26] is the sub-list for extension extendee
+	0,  // [0:26] is the sub-list for field type_name
 }
 
 func init() { file_m3o_v1_m3o_proto_init() }

@@ -1,0 +1,3 @@
+module example.com/hello-volume
+
+go 1.26.8
