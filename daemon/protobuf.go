@@ -248,6 +248,10 @@ func exists(tree fs.FS, name string) bool {
 // goCode is the Go code to generate.
 func goCode(tree *source.Tree, plan *buildpacks.Plan, res *protobuf.Result, out output) (build.Generation, error) {
 	gomod, err := tree.ReadFile(path.Join(plan.Dir, "go.mod"))
+	if errors.Is(err, fs.ErrNotExist) { // a workspace
+		out.line("Go code is generated for one module, not for a workspace: what is committed is built")
+		return build.Generation{}, nil
+	}
 	if err != nil {
 		return build.Generation{}, fmt.Errorf("read go.mod: %w", err)
 	}
