@@ -59,6 +59,7 @@ generate: ## regenerate api/ and the references in docs/ (needs protoc; make dep
 	go run ./tools/docgen
 
 bench: deps build ## the budgets, each beside its reference, into docs/benchmarks.md
+	@tools/deps.sh bench
 	go run ./cmd/m3o-bench
 
 run: deps build ## start m3o here; on a first start push a sample service and print its answer

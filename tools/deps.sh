@@ -18,6 +18,11 @@ want npm npm # webhook payloads to test with
 want chromium chromium # a page calls a deployed service
 want ip iproute2
 want certutil libnss3-tools # m3o trust writes browsers' stores
+if [ "${1:-}" = bench ]; then # the reference and the load of the router's benchmark
+  want nginx nginx
+  want wrk wrk
+  want h2load nghttp2-client
+fi
 [ -e /etc/ssl/certs/ca-certificates.crt ] || missing+=(ca-certificates)
 pkg-config --exists libseccomp 2>/dev/null || missing+=(libseccomp-dev)
 # runc is linked statically: libc and libseccomp as archives come with their -dev packages.

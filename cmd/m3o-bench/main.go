@@ -52,6 +52,7 @@ var measurements = []measurement{
 	{"unchanged", "A push that changes nothing", (*bench).unchanged},
 	{"protobuf", "Generated code", (*bench).protobuf},
 	{"rollback", "Rollback", (*bench).rollback},
+	{"router", "The router, against nginx", (*bench).proxies},
 	{"history", "Full history and one commit, against OpenSSH", (*bench).history},
 }
 
@@ -65,7 +66,10 @@ func names() []string {
 
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	code := run(ctx, os.Args[1:], os.Stdout, os.Stderr)
+	code := 0
+	if !actAs(ctx) {
+		code = run(ctx, os.Args[1:], os.Stdout, os.Stderr)
+	}
 	stop()
 	os.Exit(code)
 }
