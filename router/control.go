@@ -112,6 +112,15 @@ func (rt *Router) controlServer(ctx context.Context) *http.Server {
 		return struct{}{}, nil
 	})
 	rt.certControl(handle)
+	mux.HandleFunc("GET /listeners", rt.serveListeners)
+	handle("POST /retire", func(r *http.Request) (any, error) {
+		wait, err := time.ParseDuration(r.URL.Query().Get("wait"))
+		if err != nil {
+			return nil, m3o.Errorf(m3o.Invalid, "wait %q is not a duration", r.URL.Query().Get("wait"))
+		}
+		rt.Retire(wait)
+		return struct{}{}, nil
+	})
 	handle("GET /status", func(*http.Request) (any, error) { return rt.Status(), nil })
 	return &http.Server{
 		Handler:           onlySelf(mux),

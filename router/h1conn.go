@@ -180,7 +180,12 @@ func (p *h1pool) prune(max time.Duration) {
 
 // origin is what the router tells an app about where a request came from. It
 // replaces whatever the client said about itself.
-type origin struct{ ip, proto, host, id, caller string }
+type origin struct {
+	ip, proto, host, id string
+	caller              string // who was let in, "" for nobody
+	trace               string // W3C traceparent
+	newTrace            bool   // it was made here: a tracestate of the client's belongs to another
+}
 
 // hop says that the client's header k is not passed on: because it is about
 // the client's connection, is written anew, or would speak for the router.
@@ -188,7 +193,7 @@ func hop(k string) bool {
 	switch k {
 	case "Connection", "Keep-Alive", "Proxy-Connection", "Proxy-Authenticate", "Proxy-Authorization", "Te", "Trailer",
 		"Transfer-Encoding", "Upgrade", "Content-Length", "Expect", "Http2-Settings", "Host",
-		"Forwarded", "X-Real-Ip", "X-Request-Id":
+		"Forwarded", "X-Real-Ip", "X-Request-Id", "Traceparent":
 		return true
 	}
 	return strings.HasPrefix(k, "X-Forwarded-") || strings.HasPrefix(k, "X-M3o-")
@@ -221,7 +226,7 @@ func (c *h1conn) writeHead(r *http.Request, o *origin, upgrade string, expect bo
 	line("Host", r.Host)
 	named := connectionNames(r.Header["Connection"])
 	for k, vs := range r.Header {
-		if hop(k) || named != nil && contains(named, k) {
+		if hop(k) || o.newTrace && k == "Tracestate" || named != nil && contains(named, k) {
 			continue
 		}
 		for _, v := range vs {
@@ -235,6 +240,7 @@ func (c *h1conn) writeHead(r *http.Request, o *origin, upgrade string, expect bo
 	if o.caller != "" {
 		line(callerHeader, o.caller)
 	}
+	line("Traceparent", o.trace)
 	if upgrade != "" {
 		line("Connection", "Upgrade")
 		line("Upgrade", upgrade)

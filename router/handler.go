@@ -2,10 +2,8 @@ package router
 
 import (
 	"context"
-	"encoding/hex"
 	"errors"
 	"fmt"
-	"math/rand/v2"
 	"net"
 	"net/http"
 	"strconv"
@@ -40,6 +38,9 @@ const maxTries = 3
 // ServeHTTP relays one request.
 func (rt *Router) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	name := hostOf(r.Host)
+	from := rt.originOf(r)
+	r.Header["X-Request-Id"] = []string{from.id} // for the answers of the router itself, too
+	secure := from.proto == "https"
 	if r.TLS != nil && r.TLS.ServerName != "" && hostOf(r.TLS.ServerName) != name {
 		// A connection made for one host carries no other's requests: the
 		// client must open its own.
@@ -54,7 +55,7 @@ func (rt *Router) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		problem{code: http.StatusServiceUnavailable, grpc: grpcUnavailable, msg: "the router has no table yet", hint: "start m3od, then try again"}.write(w, r)
 		return
 	}
-	q := &request{rt: rt, w: w, r: r, key: name, host: l.find(name)}
+	q := &request{rt: rt, w: w, r: r, key: name, host: l.find(name), origin: from}
 	if q.host == nil {
 		rt.notFound(w, r, l, name)
 		return
@@ -64,10 +65,10 @@ func (rt *Router) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	if q.host.Redirect != "" {
-		rt.redirect(w, r, q.host.Redirect, r.TLS != nil || rt.redirects(l, q.host.Redirect))
+		rt.redirect(w, r, q.host.Redirect, secure || rt.redirects(l, q.host.Redirect))
 		return
 	}
-	if r.TLS == nil && rt.redirects(l, name) {
+	if !secure && rt.redirects(l, name) {
 		rt.redirect(w, r, name, true)
 		return
 	}
@@ -87,6 +88,7 @@ func (rt *Router) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 func (q *request) relay(rest string) {
 	began, broken := time.Now(), true
 	q.rec.ResponseWriter, q.w = q.w, &q.rec
+	q.rec.last = q.r.ProtoMajor == 1 && q.rt.retiring.Load()
 	a := q.host.app
 	a.requests.Add(1)
 	a.inflight.Add(1)
@@ -97,7 +99,6 @@ func (q *request) relay(rest string) {
 		}
 		a.inflight.Add(-1)
 	}()
-	q.setOrigin()
 	if q.admit(rest) {
 		q.divide()
 		if err := q.acquire(); err != nil {
@@ -315,43 +316,6 @@ func (q *request) unreachable(err error) error {
 	return &m3o.Error{Kind: m3o.Unavailable, Msg: "app " + q.host.App + " cannot be reached", Hint: "m3o ps -a " + q.host.App, Err: err}
 }
 
-func (q *request) setOrigin() {
-	r := q.r
-	ip := r.RemoteAddr
-	if i := strings.LastIndexByte(ip, ':'); i >= 0 {
-		ip = strings.Trim(ip[:i], "[]")
-	}
-	q.origin = origin{ip: ip, proto: "http", host: r.Host}
-	if r.TLS != nil {
-		q.origin.proto = "https"
-	}
-	if id := r.Header["X-Request-Id"]; len(id) == 1 && validID(id[0]) {
-		q.origin.id = id[0]
-		return
-	}
-	var b [16]byte
-	// Ids tell requests apart; nothing is guarded by their being secret.
-	for i := range 2 {
-		v := rand.Uint64()
-		for j := range 8 {
-			b[i*8+j] = byte(v >> (8 * j))
-		}
-	}
-	q.origin.id = hex.EncodeToString(b[:])
-}
-
-func validID(s string) bool {
-	if s == "" || len(s) > 128 {
-		return false
-	}
-	for i := range len(s) {
-		if c := s[i]; c <= ' ' || c > '~' {
-			return false
-		}
-	}
-	return true
-}
-
 // claim puts what the router knows of the origin into h, and takes out what
 // the client claimed.
 func (q *request) claim(h http.Header) {
@@ -364,6 +328,10 @@ func (q *request) claim(h http.Header) {
 	h["X-Forwarded-Proto"] = []string{q.origin.proto}
 	h["X-Forwarded-Host"] = []string{q.origin.host}
 	h["X-Request-Id"] = []string{q.origin.id}
+	h["Traceparent"] = []string{q.origin.trace}
+	if q.origin.newTrace {
+		delete(h, "Tracestate")
+	}
 	if q.caller != "" {
 		h[callerHeader] = []string{q.caller}
 	}

@@ -182,7 +182,7 @@ func (rt *Router) compact() {
 	rt.mu.Lock()
 	l, size := rt.live.Load(), rt.journal.size
 	rt.mu.Unlock()
-	if l == nil || size < compactAt {
+	if l == nil || size < compactAt || rt.retiring.Load() {
 		return
 	}
 	b, err := encodeTable(l.tableOf(), l.seq)

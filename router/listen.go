@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"net"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 )
@@ -19,6 +20,22 @@ type gate struct {
 
 	mu    sync.Mutex // guards count
 	count map[string]int
+	total int
+	// behind says that connections come through proxies that tell whom for.
+	behind *behind
+}
+
+// behind is how the PROXY protocol is read.
+type behind struct {
+	trusted func(ip string) bool
+	limit   time.Duration
+}
+
+// open is how many connections there are.
+func (g *gate) open() int {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return g.total
 }
 
 // gateConn gives its place back when closed.
@@ -43,18 +60,24 @@ func (g *gate) enter(c net.Conn) net.Conn {
 	ip, _, _ := net.SplitHostPort(c.RemoteAddr().String())
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	if g.count[ip] >= g.perIP {
+	if g.behind != nil && !g.behind.trusted(ip) || g.behind == nil && g.count[ip] >= g.perIP {
 		_ = c.Close()
 		return nil
 	}
 	g.count[ip]++
-	return &gateConn{TCPConn: tc, back: func() {
+	g.total++
+	gc := &gateConn{TCPConn: tc, back: func() {
 		g.mu.Lock()
 		defer g.mu.Unlock()
+		g.total--
 		if g.count[ip]--; g.count[ip] == 0 {
 			delete(g.count, ip)
 		}
 	}}
+	if g.behind != nil {
+		return &proxied{Conn: gc, limit: g.behind.limit}
+	}
+	return gc
 }
 
 // plainListener guards what it accepts.
@@ -92,6 +115,13 @@ type tlsListener struct {
 	ready chan net.Conn
 	done  chan struct{}
 	once  sync.Once
+	ended atomic.Bool // takes no more connections, but finishes what it has
+}
+
+// end takes no more connections; those that were taken come out of Accept.
+func (l *tlsListener) end() {
+	l.ended.Store(true)
+	_ = l.Listener.Close()
 }
 
 func newTLSListener(ln net.Listener, g *gate, lim *limits, cfg *tls.Config, log *slog.Logger) *tlsListener {
@@ -126,6 +156,10 @@ func (l *tlsListener) run() error {
 	for {
 		c, err := l.Listener.Accept()
 		if err != nil {
+			if l.ended.Load() {
+				wg.Wait()
+				return nil
+			}
 			select {
 			case <-l.done:
 				return nil

@@ -111,6 +111,10 @@ func (p problem) write(w http.ResponseWriter, r *http.Request) {
 	for k, v := range p.header {
 		h[k] = v
 	}
+	id := r.Header.Get("X-Request-Id")
+	if id != "" {
+		h["X-Request-Id"] = []string{id}
+	}
 	text := p.msg
 	if p.hint != "" {
 		text += " (" + p.hint + ")"
@@ -149,7 +153,7 @@ func (p problem) write(w http.ResponseWriter, r *http.Request) {
 		}{id, p.code, text, http.StatusText(p.code)})
 	case strings.Contains(r.Header.Get("Accept"), "text/html"):
 		h["Content-Type"] = []string{"text/html; charset=utf-8"}
-		body = fmt.Appendf(nil, page, p.code, html.EscapeString(http.StatusText(p.code)), html.EscapeString(p.msg), html.EscapeString(p.hint))
+		body = fmt.Appendf(nil, page, p.code, html.EscapeString(http.StatusText(p.code)), html.EscapeString(p.msg), html.EscapeString(p.hint), html.EscapeString(id))
 	default:
 		h["Content-Type"] = []string{"text/plain; charset=utf-8"}
 		body = []byte(p.msg)
@@ -173,7 +177,8 @@ const page = `<!doctype html>
 <style>body{font:16px/1.5 system-ui,sans-serif;max-width:36em;margin:12vh auto;padding:0 1em}code{background:#8881;padding:.1em .4em}</style>
 <h1>%[1]d %[2]s</h1>
 <p>%[3]s</p>
-<p><code>%[4]s</code></p>`
+<p><code>%[4]s</code></p>
+<p><small>request %[5]s</small></p>`
 
 // encodeGRPCMessage percent-encodes as the gRPC over HTTP/2 spec says.
 func encodeGRPCMessage(s string) string {

@@ -64,6 +64,7 @@ type recorder struct {
 	http.ResponseWriter
 	status int
 	out    int64
+	last   bool // the connection ends with this answer
 	call   rpcNote
 	cookie string // to set on the answer, "" for none
 }
@@ -78,6 +79,9 @@ type rpcNote struct {
 func (c *recorder) WriteHeader(status int) {
 	if c.status == 0 && (status >= 200 || status == http.StatusSwitchingProtocols) {
 		c.begin(status)
+		if c.last && status != http.StatusSwitchingProtocols {
+			c.Header()["Connection"] = []string{"close"}
+		}
 	}
 	c.ResponseWriter.WriteHeader(status)
 }

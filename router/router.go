@@ -20,6 +20,7 @@ import (
 	"maps"
 	"net"
 	"net/http"
+	"net/netip"
 	"os"
 	"slices"
 	"sync"
@@ -67,9 +68,14 @@ type Config struct {
 	OnDemand    bool         // a host without a certificate is told by Wanted before the internal CA signs for it
 	Gateway     Gateway      // nil: JSON for gRPC apps is answered 501
 	Plain       Plain
-	Version     string       // of this binary, for Status
-	Log         *slog.Logger // nil discards
-	Limits      Limits
+	Version     string // of this binary, for Status
+	// TrustedProxies may say in X-Forwarded-For and X-Forwarded-Proto whom they
+	// speak for. With ProxyProtocol every connection begins with a PROXY head,
+	// and comes from one of them; without any, from anywhere.
+	TrustedProxies []netip.Prefix
+	ProxyProtocol  bool
+	Log            *slog.Logger // nil discards
+	Limits         Limits
 }
 
 // Limits bound what a client or an app may make the router hold. The zero
@@ -126,14 +132,18 @@ func (l Limits) withDefaults() *limits {
 // A Router serves one table at a time. It is an http.Handler too, for tests
 // and for who brings their own listener.
 type Router struct {
-	cfg     Config
-	limits  *limits
-	log     *slog.Logger
-	certs   *certs
-	started time.Time
-	live    atomic.Pointer[live]
-	tails   tails
-	lobby   lobby
+	cfg    Config
+	limits *limits
+	log    *slog.Logger
+	certs  *certs
+
+	retireOnce sync.Once
+	retire     chan retirement
+	retiring   atomic.Bool
+	started    time.Time
+	live       atomic.Pointer[live]
+	tails      tails
+	lobby      lobby
 
 	verdicts verdicts
 	limiter  *limiter
@@ -155,7 +165,7 @@ func New(cfg Config) (*Router, error) {
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
-	rt := &Router{cfg: cfg, limits: cfg.Limits.withDefaults(), log: cfg.Log, started: time.Now(),
+	rt := &Router{retire: make(chan retirement, 1), cfg: cfg, limits: cfg.Limits.withDefaults(), log: cfg.Log, started: time.Now(),
 		retired: map[releaseID][]*endpoint{}, endpoints: map[endpointID]*endpoint{}, apps: map[string]*app{}, limiter: newLimiter()}
 	if cfg.State == "" {
 		return nil, m3o.Errorf(m3o.Invalid, "router needs a file for its table")
@@ -238,12 +248,14 @@ func (rt *Router) Put(t Table) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	if err := atomicfile.Write(rt.cfg.State, b, 0o600); err != nil {
-		return "", fmt.Errorf("keep table: %w", err)
-	}
-	rt.kept = seq
-	if err := rt.journal.clear(rt.cfg.State); err != nil {
-		rt.log.Warn("journal stays", "err", err) // what is in it is older than the file
+	if !rt.retiring.Load() { // else the file is the successor's
+		if err := atomicfile.Write(rt.cfg.State, b, 0o600); err != nil {
+			return "", fmt.Errorf("keep table: %w", err)
+		}
+		rt.kept = seq
+		if err := rt.journal.clear(rt.cfg.State); err != nil {
+			rt.log.Warn("journal stays", "err", err) // what is in it is older than the file
+		}
 	}
 	return rt.swap(old, t.Domain, set, remove), nil
 }
@@ -263,8 +275,10 @@ func (rt *Router) Apply(c Change) (string, error) {
 	if old.hosts.n+len(c.Set) > maxHosts {
 		return "", m3o.Errorf(m3o.Invalid, "more than %d hosts", maxHosts)
 	}
-	if err := rt.journal.add(rt.cfg.State, old.seq+1, c); err != nil {
-		return "", err
+	if !rt.retiring.Load() {
+		if err := rt.journal.add(rt.cfg.State, old.seq+1, c); err != nil {
+			return "", err
+		}
 	}
 	return rt.swap(old, old.domain, c.Set, c.Remove), nil
 }
@@ -430,10 +444,15 @@ func (rt *Router) Run(ctx context.Context) error {
 		})
 	}
 	gate := &gate{perIP: rt.limits.ConnsPerIP, count: map[string]int{}}
+	if rt.cfg.ProxyProtocol {
+		gate.behind = &behind{limit: rt.limits.HeaderRead, trusted: func(ip string) bool { return len(rt.cfg.TrustedProxies) == 0 || rt.trusts(ip) }}
+	}
 	var lns []net.Listener
+	var stopAccepting []func()
 	if rt.cfg.HTTP != nil {
 		ln := &plainListener{Listener: rt.cfg.HTTP, gate: gate, lim: rt.limits}
 		lns = append(lns, ln)
+		stopAccepting = append(stopAccepting, func() { _ = ln.Close() })
 		start("serve http", func() error { return srv.Serve(ln) })
 	}
 	if rt.cfg.HTTPS != nil {
@@ -441,6 +460,7 @@ func (rt *Router) Run(ctx context.Context) error {
 			GetCertificate: rt.certs.get, NextProtos: []string{"h2", "http/1.1", alpnProto}, MinVersion: tls.VersionTLS12,
 		}, rt.log)
 		lns = append(lns, ln)
+		stopAccepting = append(stopAccepting, ln.end)
 		start("accept https", ln.run)
 		start("serve https", func() error { return srv.Serve(ln) })
 	}
@@ -451,7 +471,15 @@ func (rt *Router) Run(ctx context.Context) error {
 	}
 	wg.Go(func() { rt.housekeep(serve) })
 
-	<-serve.Done()
+	select {
+	case <-serve.Done():
+	case r := <-rt.retire:
+		for _, f := range stopAccepting {
+			f()
+		}
+		rt.linger(serve, r, srv, gate)
+		fail(errRetired)
+	}
 	cause := context.Cause(serve)
 	if control != nil {
 		_ = control.Close() // its requests end with serve
@@ -463,7 +491,7 @@ func (rt *Router) Run(ctx context.Context) error {
 	rt.mu.Lock()
 	rt.journal.close()
 	rt.mu.Unlock()
-	if ctx.Err() != nil && errors.Is(cause, context.Cause(ctx)) {
+	if ctx.Err() != nil && errors.Is(cause, context.Cause(ctx)) || errors.Is(cause, errRetired) {
 		return nil
 	}
 	return cause
