@@ -56,6 +56,10 @@ type Config struct {
 	AccessLog  int           // requests a second that get a line in their app's log; default 1000, -1 for none
 
 	DefaultAccess string // "public" or "private": who may use the URL of an app of which nothing was set
+
+	Handover       time.Duration // how long requests may go on in a router that another version took over from
+	TrustedProxies string        // addresses or networks, by commas, that may say whom they speak for
+	ProxyProtocol  bool          // every connection begins with a PROXY head
 }
 
 // option ties one field of Config to its flag, variable and key.
@@ -173,6 +177,9 @@ var options = []option{
 	str("bin", "directory of buildkitd, runc and m3o-shim", func(c *Config) *string { return &c.Bin }),
 	boolean("stop-apps", "stop the router and every app when the daemon stops", func(c *Config) *bool { return &c.StopApps }),
 	dur("drain", "how long requests of an old release may go on after a switch", func(c *Config) *time.Duration { return &c.Drain }),
+	dur("handover", "how long requests may go on in the router that an upgrade replaced", func(c *Config) *time.Duration { return &c.Handover }),
+	str("trusted-proxies", "addresses or networks, by commas, of proxies before the router whose X-Forwarded-For and -Proto count", func(c *Config) *string { return &c.TrustedProxies }),
+	boolean("proxy-protocol", "every connection begins with a PROXY protocol head, version 1 or 2", func(c *Config) *bool { return &c.ProxyProtocol }),
 	str("acme-email", "get certificates by ACME; the CA writes here, and its terms are agreed to (default: the internal CA only)", func(c *Config) *string { return &c.ACMEEmail }),
 	str("acme-ca", "directory URL of the ACME CA (default Let's Encrypt)", func(c *Config) *string { return &c.ACMECA }),
 	str("acme-dns", "file that says how to set DNS records of the domain, for a wildcard certificate", func(c *Config) *string { return &c.ACMEDNS }),
@@ -320,6 +327,9 @@ func (c *Config) Validate() error {
 	c.BuildConcurrency = cmp.Or(c.BuildConcurrency, 2)
 	c.BuildMemory = cmp.Or(c.BuildMemory, 4<<30)
 	c.BuildCache = cmp.Or(c.BuildCache, 20<<30)
+	if c.Handover == 0 {
+		c.Handover = 10 * time.Minute
+	}
 	if c.Drain == 0 {
 		c.Drain = 30 * time.Second
 	}
@@ -363,6 +373,9 @@ func (c *Config) Validate() error {
 	if !slices.Contains([]string{"oci", "process"}, c.Runtime) {
 		bad("runtime: %q is neither oci nor process", c.Runtime)
 	}
+	if got := c.trustedProxies(); len(got) != len(fields(c.TrustedProxies)) {
+		bad("trusted-proxies: %q is not a list of addresses and networks", c.TrustedProxies)
+	}
 	if c.ACMECA != "" && !strings.HasPrefix(c.ACMECA, "https://") {
 		bad("acme-ca: %q is no https:// URL", c.ACMECA)
 	}
@@ -397,7 +410,24 @@ func (c *Config) ACME() bool { return c.ACMEEmail != "" || c.ACMECA != "" }
 
 // resolvers are the name servers to ask, none for the system's.
 func (c *Config) resolvers() []string {
-	return strings.FieldsFunc(c.DNSServers, func(r rune) bool { return r == ',' || r == ' ' })
+	return fields(c.DNSServers)
+}
+
+// trustedProxies are the networks in TrustedProxies that can be read.
+func (c *Config) trustedProxies() []netip.Prefix {
+	var out []netip.Prefix
+	for _, s := range fields(c.TrustedProxies) {
+		if p, err := netip.ParsePrefix(s); err == nil {
+			out = append(out, p.Masked())
+		} else if a, err := netip.ParseAddr(s); err == nil {
+			out = append(out, netip.PrefixFrom(a, a.BitLen()))
+		}
+	}
+	return out
+}
+
+func fields(list string) []string {
+	return strings.FieldsFunc(list, func(r rune) bool { return r == ',' || r == ' ' })
 }
 
 // Local reports whether the domain is localhost: certificates come from the

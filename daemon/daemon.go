@@ -47,6 +47,7 @@ type Daemon struct {
 	builder  builder
 	git      *gitserver.Server
 	router   router.Client
+	fleet    *fleet // router and those that it took over from
 	routes   *routes
 	hosting  hosting
 	access   *access
@@ -123,7 +124,8 @@ func New(ctx context.Context, cfg Config, version string, log *slog.Logger) (_ *
 		return nil, fmt.Errorf("open schedules: %w", err)
 	}
 	d.router = router.Client{Socket: d.controlSocket()}
-	d.routes = newRoutes(cfg.Domain, "unix:"+d.apiSocket(), d.router, log)
+	d.fleet = &fleet{Client: d.router, log: log, whole: func() router.Table { return d.routes.table() }}
+	d.routes = newRoutes(cfg.Domain, "unix:"+d.apiSocket(), d.fleet, log)
 	if d.access, err = openAccess(ctx, d.store, cfg.DefaultAccess == "private", d.routes); err != nil {
 		return nil, err
 	}

@@ -509,7 +509,7 @@ func (d *Daemon) takeBack(ctx context.Context, rel m3o.Release, previous int) {
 func (d *Daemon) drain(ctx context.Context, app string, version int) {
 	ctx, cancel := context.WithTimeout(ctx, d.cfg.Drain)
 	defer cancel()
-	res, err := d.router.Drain(ctx, app, version)
+	res, err := d.fleet.Drain(ctx, app, version)
 	if err != nil && ctx.Err() == nil {
 		d.log.Warn("drain", "app", app, "release", version, "err", err)
 	}

@@ -8,6 +8,7 @@ import (
 	"net"
 	"os"
 	"os/exec"
+	"strconv"
 	"syscall"
 	"time"
 
@@ -52,7 +53,8 @@ func RunRouter(ctx context.Context, cfg Config, version string, log *slog.Logger
 		return err
 	}
 	r, err := router.New(router.Config{HTTP: http, HTTPS: https, Control: control, State: cfg.path("router", "table.json"),
-		CA: cfg.path("ca"), Certs: cfg.path("router", "certs"), OnDemand: cfg.ACME(), Gateway: gateway.New(gateway.Config{Log: log}), Version: version, Log: log})
+		CA: cfg.path("ca"), Certs: cfg.path("router", "certs"), OnDemand: cfg.ACME(), Gateway: gateway.New(gateway.Config{Log: log}), Version: routerVersion(cfg, version), Log: log,
+		TrustedProxies: cfg.trustedProxies(), ProxyProtocol: cfg.ProxyProtocol})
 	if err != nil {
 		return err
 	}
@@ -64,14 +66,20 @@ func RunRouter(ctx context.Context, cfg Config, version string, log *slog.Logger
 func (d *Daemon) startRouter(ctx context.Context) error {
 	sctx, cancel := context.WithTimeout(ctx, 2*time.Second)
 	defer cancel()
+	d.findRetiring(sctx)
 	if st, err := d.router.Status(sctx); err == nil {
+		if st.Version != routerVersion(d.cfg, d.version) {
+			return d.upgradeRouter(ctx, st)
+		}
 		d.log.Info("router found running", "pid", st.PID)
 		return nil
 	}
-	return d.spawnRouter(ctx)
+	return d.spawnRouter(ctx, nil)
 }
 
-func (d *Daemon) spawnRouter(ctx context.Context) error {
+// spawnRouter starts a router, on listeners that another one handed over or on
+// new ones.
+func (d *Daemon) spawnRouter(ctx context.Context, from map[string]*os.File) error {
 	var files []*os.File
 	defer func() {
 		for _, f := range files {
@@ -79,6 +87,11 @@ func (d *Daemon) spawnRouter(ctx context.Context) error {
 		}
 	}()
 	bind := func(network, what, addr string) error {
+		if f := handed(from, what, addr); f != nil {
+			delete(from, what)
+			files = append(files, f)
+			return nil
+		}
 		ln, err := (&net.ListenConfig{}).Listen(ctx, network, addr)
 		if err != nil {
 			return portError(what, addr, err)
@@ -116,7 +129,8 @@ func (d *Daemon) spawnRouter(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("find own binary: %w", err)
 	}
-	args := []string{"router", "--data", d.cfg.Data, "--domain", d.cfg.Domain, "--log-level", d.cfg.LogLevel}
+	args := []string{"router", "--data", d.cfg.Data, "--domain", d.cfg.Domain, "--log-level", d.cfg.LogLevel,
+		"--http", d.cfg.HTTP, "--https", d.cfg.HTTPS, "--trusted-proxies", d.cfg.TrustedProxies, "--proxy-protocol=" + strconv.FormatBool(d.cfg.ProxyProtocol)}
 	if d.cfg.ACME() {
 		args = append(args, "--acme-email", d.cfg.ACMEEmail, "--acme-ca", d.cfg.ACMECA)
 	}
@@ -193,7 +207,7 @@ func (d *Daemon) watchRouter(ctx context.Context) error {
 			continue
 		}
 		d.log.Error("the router is gone; starting another", "err", err)
-		if err := d.spawnRouter(ctx); err != nil {
+		if err := d.spawnRouter(ctx, nil); err != nil {
 			if ctx.Err() == nil {
 				d.log.Error("start router", "err", err)
 			}
@@ -207,6 +221,10 @@ func (d *Daemon) watchRouter(ctx context.Context) error {
 
 // stopRouter ends the router and waits until it has gone.
 func (d *Daemon) stopRouter(ctx context.Context) error {
+	for _, c := range d.fleet.retiring() {
+		d.fleet.end(ctx, c)
+		d.fleet.drop(c)
+	}
 	st, err := d.router.Status(ctx)
 	if err != nil {
 		return nil // not running

@@ -3,6 +3,7 @@ package main
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/tls"
 	"crypto/x509"
@@ -32,6 +33,9 @@ import (
 // command, race detector included.
 const asDaemon = "M3O_TEST_AS_DAEMON"
 
+// asVersion is the version that such a daemon, and its router, say they are.
+const asVersion = "M3O_TEST_VERSION"
+
 // crashStep names the step of a deploy after which the daemon kills itself.
 const crashStep = "M3O_TEST_CRASH_AFTER"
 
@@ -47,6 +51,7 @@ func crashAfter(step string) func(*daemon.Daemon) {
 
 func TestMain(m *testing.M) {
 	if os.Getenv(asDaemon) != "" {
+		version = cmp.Or(os.Getenv(asVersion), version)
 		ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 		code := run(ctx, os.Args[1:], os.Getenv, os.Stdout, os.Stderr, crashAfter(os.Getenv(crashStep)))
 		stop()
