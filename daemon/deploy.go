@@ -566,7 +566,7 @@ func (d *Daemon) prune(ctx context.Context) {
 		}
 		all = append(all, kept...)
 	}
-	if err := d.pruneDescriptors(all); err != nil {
+	if err := d.pruneDescriptors(all, d.routes.schemas()); err != nil {
 		d.log.Error("prune descriptors", "err", err)
 	}
 	// The driver first: what it unpacks is read from the images.

@@ -332,9 +332,13 @@ func (d *Daemon) readDescriptors(digest string) (*descriptorpb.FileDescriptorSet
 // may not be live yet.
 const descriptorsGrace = time.Hour
 
-// pruneDescriptors removes what is known of APIs that no kept release has.
-func (d *Daemon) pruneDescriptors(kept []m3o.Release) error {
+// pruneDescriptors removes what is known of APIs that neither a kept release
+// has nor the router is led by: a canary has not been live yet.
+func (d *Daemon) pruneDescriptors(kept []m3o.Release, routed []string) error {
 	traits, used := map[string]bool{}, map[string]bool{}
+	for _, file := range routed {
+		used[file] = true
+	}
 	for _, rel := range kept {
 		file := d.traitsFile(rel, ".json")
 		traits[file] = true

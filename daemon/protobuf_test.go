@@ -36,7 +36,7 @@ func TestDescriptorsGoWithTheLastReleaseThatUsesThem(t *testing.T) {
 		}
 		return rel
 	}
-	own, both, reflected, old, oldReflected := keep("own"), keep("both"), keep("reflected"), keep("old"), keep("old reflected")
+	own, both, reflected, old, oldReflected, canary := keep("own"), keep("both"), keep("reflected"), keep("old"), keep("old reflected"), keep("canary")
 	kept := []m3o.Release{release("1", own, both), release("2", "", reflected)}
 	gone := release("3", old, oldReflected)
 	hourAgo := time.Now().Add(-2 * time.Hour)
@@ -52,10 +52,10 @@ func TestDescriptorsGoWithTheLastReleaseThatUsesThem(t *testing.T) {
 		}
 	}
 	young := keep("young")
-	if err := d.pruneDescriptors(kept); err != nil {
+	if err := d.pruneDescriptors(kept, []string{d.descriptorsFile(canary)}); err != nil {
 		t.Fatal(err)
 	}
-	for digest, want := range map[string]bool{own: true, both: true, reflected: true, young: true, old: false, oldReflected: false} {
+	for digest, want := range map[string]bool{own: true, both: true, reflected: true, young: true, canary: true, old: false, oldReflected: false} {
 		if _, err := os.Stat(d.descriptorsFile(digest)); (err == nil) != want {
 			t.Errorf("descriptors %s: %v, want there %t", digest, err, want)
 		}
@@ -67,7 +67,7 @@ func TestDescriptorsGoWithTheLastReleaseThatUsesThem(t *testing.T) {
 	}
 	// What was there and old is young again once it is used.
 	keep("own")
-	if err := d.pruneDescriptors(nil); err != nil {
+	if err := d.pruneDescriptors(nil, nil); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := os.Stat(d.descriptorsFile(own)); err != nil {

@@ -127,6 +127,19 @@ func (r *routes) open() {
 	r.touch("")
 }
 
+// schemas are the files of descriptors that instances are called by.
+func (r *routes) schemas() []string {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	var files []string
+	for _, t := range r.traits {
+		if t.Descriptors != "" {
+			files = append(files, t.Descriptors)
+		}
+	}
+	return files
+}
+
 // setTraits remembers how a release is spoken to.
 func (r *routes) setTraits(app string, version int, t traits) {
 	r.mu.Lock()
