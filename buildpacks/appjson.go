@@ -18,7 +18,7 @@ type AppJSON struct {
 	Env        map[string]EnvVar
 	Formation  map[string]Formation
 	Checks     map[string][]AppCheck // by process type
-	Postdeploy []string              // argv, run once after an app's first release
+	Postdeploy []string              // argv
 	Cron       []CronJob
 	Unused     []string // keys without an effect here, in the file's order
 }

@@ -90,7 +90,8 @@ func TestApply(t *testing.T) {
 		t.Fatal(err)
 	}
 	want := Plan{Processes: map[string]m3o.Process{"web": {Replicas: 2}, "worker": {}}, Health: m3o.Health{Kind: "http", Path: "/ready", Timeout: 21 * time.Second},
-		Env: map[string]string{"LOG": "info", "WEB": "5"}, Notes: []string{"app.json: stack has no effect here"}, Files: files}
+		Env: map[string]string{"LOG": "info", "WEB": "5"}, Notes: []string{"app.json: cron is not taken over by itself; m3o schedules:add runs the commands",
+			"app.json: scripts.postdeploy is not run by itself; a release line in the Procfile is", "app.json: stack has no effect here"}, Files: files}
 	if diff := cmp.Diff(want, plan); diff != "" {
 		t.Error(diff)
 	}

@@ -119,6 +119,12 @@ func (f Files) Apply(p *Plan) error {
 			p.Env[name] = e.Value
 		}
 	}
+	if len(f.App.Cron) > 0 {
+		p.Notes = append(p.Notes, AppJSONName+": cron is not taken over by itself; m3o schedules:add runs the commands")
+	}
+	if len(f.App.Postdeploy) > 0 {
+		p.Notes = append(p.Notes, AppJSONName+": scripts.postdeploy is not run by itself; a release line in the Procfile is")
+	}
 	for _, k := range f.App.Unused {
 		p.Notes = append(p.Notes, AppJSONName+": "+k+" has no effect here")
 	}

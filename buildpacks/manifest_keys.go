@@ -3,7 +3,9 @@ package buildpacks
 import (
 	"encoding/json"
 	"fmt"
+	"maps"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -215,4 +217,57 @@ func encodeSchema(s schema) []byte {
 		panic(err) // maps, lists and texts only
 	}
 	return append(b, '\n')
+}
+
+// Reference is the list of all keys of m3o.yaml as a Markdown table, in the
+// order of the table of keys.
+func Reference() string {
+	var b strings.Builder
+	b.WriteString("| key | value | meaning |\n| --- | --- | --- |\n")
+	reference(&b, "", objectSchema(manifestKeys()))
+	return b.String()
+}
+
+func reference(b *strings.Builder, at string, s schema) {
+	props, _ := s["properties"].(schema)
+	for _, name := range slices.Sorted(maps.Keys(props)) {
+		p := props[name].(schema)
+		fmt.Fprintf(b, "| `%s` | %s | %s |\n", join(at, name), valueOf(p), strings.ReplaceAll(p["description"].(string), "|", "\\|"))
+		reference(b, join(at, name), p)
+		if each, ok := p["additionalProperties"].(schema); ok {
+			reference(b, join(at, name)+".NAME", each)
+		}
+		if items, ok := p["items"].(schema); ok {
+			reference(b, join(at, name)+"[]", items)
+		}
+	}
+}
+
+// valueOf says in a word or two what a value is.
+func valueOf(s schema) string {
+	if words, ok := s["enum"].([]string); ok {
+		return "`" + strings.Join(words, "`, `") + "`"
+	}
+	if c, ok := s["const"]; ok {
+		return fmt.Sprintf("`%v`", c)
+	}
+	switch s["type"] {
+	case "boolean":
+		return "`true`, `false`"
+	case "integer":
+		return fmt.Sprintf("%v to %v", s["minimum"], s["maximum"])
+	case "array":
+		return "list"
+	case "object":
+		if _, ok := s["properties"]; ok {
+			return "keys"
+		}
+		return "names and values"
+	case "string":
+		if p, _ := s["pattern"].(string); strings.Contains(p, "(ns|") {
+			return "time, such as `30s`"
+		}
+		return "text"
+	}
+	return "text"
 }

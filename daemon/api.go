@@ -116,7 +116,7 @@ func (d *Daemon) apiHandler() http.Handler {
 	mux.Handle(m3ov1connect.NewAppsHandler(appsAPI{d}, opts...))
 	mux.Handle(m3ov1connect.NewReleasesHandler(releasesAPI{d}, opts...))
 	mux.Handle(m3ov1connect.NewDeploysHandler(deploysAPI{d}, opts...))
-	mux.Handle(m3ov1connect.NewBuildRecordsHandler(buildRecordsAPI{d: d}, opts...))
+	mux.Handle(m3ov1connect.NewBuildRecordsHandler(buildRecordsAPI{d}, opts...))
 	mux.Handle(m3ov1connect.NewBuildsHandler(buildsAPI{d}, opts...))
 	mux.Handle(m3ov1connect.NewConfigHandler(configAPI{d}, opts...))
 	mux.Handle(m3ov1connect.NewProcessesHandler(processesAPI{d}, opts...))

@@ -11,10 +11,9 @@ import (
 	"github.com/m3o/m3o/api/m3o/v1/m3ov1connect"
 )
 
-type buildRecordsAPI struct {
-	m3ov1connect.UnimplementedBuildRecordsHandler
-	d *Daemon
-}
+type buildRecordsAPI struct{ d *Daemon }
+
+var _ m3ov1connect.BuildRecordsHandler = buildRecordsAPI{}
 
 // newestBuild is the number of an app's newest build.
 func (d *Daemon) newestBuild(ctx context.Context, app string) (int, error) {

@@ -111,6 +111,9 @@ func (d *Daemon) push(ctx context.Context, turn *turn, src m3o.Source, w io.Writ
 	}
 	bld.Image, bld.Toolchain, bld.Base = res.Image, res.Toolchain, res.Base
 	bld.Builder, bld.Size, bld.Steps = plan.Builder, res.Size, res.Steps
+	if err := d.document(ctx, src, bld.Number, bld.Started, plan, res); err != nil {
+		return fail(d.endBuild(ctx, bld, err))
+	}
 	if err := d.endBuild(ctx, bld, nil); err != nil {
 		return fail(err)
 	}
@@ -172,6 +175,9 @@ func (d *Daemon) build(ctx context.Context, src m3o.Source, tree *source.Tree, w
 	}
 	api, err := d.compile(ctx, src, tree, plan, output{w})
 	if err != nil {
+		return nil, api, build.Result{}, err
+	}
+	if err := d.askedEnv(ctx, src.App, src.User, plan); err != nil {
 		return nil, api, build.Result{}, err
 	}
 	secrets, err := d.buildSecrets(ctx, src.App, plan)

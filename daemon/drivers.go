@@ -36,6 +36,9 @@ type builder interface {
 	Build(ctx context.Context, r build.Request) (build.Result, error)
 	Attach(ctx context.Context, image string, a build.Attachment) error
 	Current(ctx context.Context, toolchain string) (build.Basis, error)
+	Attached(ctx context.Context, image, typ string) ([]byte, error)
+	SBOM(ctx context.Context, image string) ([]byte, error)
+	Compare(ctx context.Context, one, other string) ([]string, error)
 	Import(ctx context.Context, app string, archive io.Reader) (build.Result, error)
 	Run(ctx context.Context) error
 	Ready(ctx context.Context) error

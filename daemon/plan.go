@@ -2,8 +2,10 @@ package daemon
 
 import (
 	"context"
+	"crypto/rand"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 
@@ -12,6 +14,7 @@ import (
 	"github.com/m3o/m3o/buildpacks/dockerfile"
 	"github.com/m3o/m3o/buildpacks/golang"
 	"github.com/m3o/m3o/buildpacks/source"
+	"github.com/m3o/m3o/config"
 )
 
 // plan reads the tree's own files, once a deploy, and asks the buildpack they
@@ -80,4 +83,40 @@ func (d *Daemon) buildSecrets(ctx context.Context, app string, plan *buildpacks.
 		out[name] = m3o.Secret(strings.TrimPrefix(env[i], name+"="))
 	}
 	return out, nil
+}
+
+// askedEnv sees to the config vars that app.json asks for: a secret it wants
+// made is made, and one that is required and has no value refuses the deploy.
+func (d *Daemon) askedEnv(ctx context.Context, app, user string, plan *buildpacks.Plan) error {
+	asked := plan.Files.App.Env
+	if len(asked) == 0 {
+		return nil
+	}
+	rev, err := d.config.Current(ctx, app)
+	if err != nil {
+		return err
+	}
+	var made []config.Var
+	for _, name := range slices.Sorted(maps.Keys(asked)) {
+		e := asked[name]
+		if e.Value != "" || slices.ContainsFunc(rev.Vars, func(v config.Var) bool { return v.Name == name }) {
+			continue
+		}
+		switch {
+		case e.Generate:
+			made = append(made, config.Var{Name: name, Value: m3o.Secret(rand.Text() + rand.Text()), Secret: true})
+		case e.Required:
+			about := ""
+			if e.Description != "" {
+				about = " (" + e.Description + ")"
+			}
+			return &m3o.Error{Kind: m3o.Invalid, Msg: fmt.Sprintf("%s:%d: the app needs %s%s, and its config does not have it", buildpacks.AppJSONName, e.Line, name, about),
+				Hint: fmt.Sprintf("m3o config:set %s=… -a %s", name, app)}
+		}
+	}
+	if len(made) == 0 {
+		return nil
+	}
+	_, err = d.config.Change(ctx, app, user, made, nil)
+	return err
 }

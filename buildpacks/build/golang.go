@@ -26,7 +26,11 @@ func (b *Builder) buildGo(ctx context.Context, req Request, out *output) (Result
 	var res Result
 	out.step("Go app detected")
 	mark := time.Now()
-	tc, err := b.toolchains.get(ctx, req.Plan.Toolchain, out.step)
+	find, want := b.toolchains.get, req.Plan.Toolchain
+	if req.Toolchain != "" {
+		find, want = b.toolchains.exactly, req.Toolchain
+	}
+	tc, err := find(ctx, want, out.step)
 	if err != nil {
 		return res, disk(err)
 	}
@@ -138,6 +142,9 @@ func (b *Builder) goGraph(req Request, root v1.Descriptor) llb.State {
 	shared, apart := "", "-"+req.App
 	if own {
 		shared = apart
+	}
+	if req.Verify {
+		shared, apart = "-verify"+shared, "-verify"+apart
 	}
 	readonly := llb.AddMount("/src", src, llb.Readonly)
 	args := append([]string{"build"}, flags...)

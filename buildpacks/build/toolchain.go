@@ -157,6 +157,25 @@ func (t *toolchains) get(ctx context.Context, want string, say func(format strin
 	return t.fetch(ctx, version)
 }
 
+// exactly returns that very toolchain, making it if need be.
+func (t *toolchains) exactly(ctx context.Context, version string, say func(format string, args ...any)) (toolchain, error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if slices.Contains(t.made(), version) {
+		if tc, err := t.load(ctx, version); err == nil {
+			return tc, nil
+		}
+	}
+	if version == t.hostVer {
+		return t.fromGoRoot(ctx)
+	}
+	if t.proxy == nil {
+		return toolchain{}, &m3o.Error{Kind: m3o.Unavailable, Msg: fmt.Sprintf("%s is not here any more and GOPROXY is not set", version), Hint: "set GOPROXY for the daemon"}
+	}
+	say("Fetching %s", version)
+	return t.fetch(ctx, version)
+}
+
 // newest is the newest of versions that is at least want, "" when none is.
 func newest(versions []string, want string) string {
 	best := ""

@@ -47,14 +47,11 @@ func runBuilds(ctx context.Context, c *call) error {
 }
 
 func runBuildsOutput(ctx context.Context, c *call) error {
-	req := &m3ov1.BuildOutputRequest{Follow: c.has("follow")}
-	if len(c.args) > 0 {
-		n, err := strconv.ParseUint(c.args[0], 10, 31)
-		if err != nil || n < 1 {
-			return misuse(quoted(c.args[0])+" is no build", "they are called 1, 2, 3 …; m3o builds lists them")
-		}
-		req.Number = int32(n)
+	n, err := c.buildNumber()
+	if err != nil {
+		return err
 	}
+	req := &m3ov1.BuildOutputRequest{Follow: c.has("follow"), Number: n}
 	app, cl, err := c.withApp(ctx)
 	if err != nil {
 		return err

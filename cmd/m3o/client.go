@@ -144,6 +144,8 @@ type client struct {
 	apps      m3ov1connect.AppsClient
 	releases  m3ov1connect.ReleasesClient
 	builds    m3ov1connect.BuildsClient
+	records   m3ov1connect.BuildRecordsClient
+	deploys   m3ov1connect.DeploysClient
 	config    m3ov1connect.ConfigClient
 	processes m3ov1connect.ProcessesClient
 	runs      m3ov1connect.RunsClient
@@ -210,6 +212,8 @@ func clientWith(t target, conf *tls.Config) *client {
 		apps:      m3ov1connect.NewAppsClient(h, base, opts...),
 		releases:  m3ov1connect.NewReleasesClient(h, base, opts...),
 		builds:    m3ov1connect.NewBuildsClient(h, base, opts...),
+		records:   m3ov1connect.NewBuildRecordsClient(h, base, opts...),
+		deploys:   m3ov1connect.NewDeploysClient(h, base, opts...),
 		config:    m3ov1connect.NewConfigClient(h, base, opts...),
 		processes: m3ov1connect.NewProcessesClient(h, base, opts...),
 		doctor:    m3ov1connect.NewDoctorClient(h, base, opts...),

@@ -140,7 +140,6 @@ func helpCommands() []*command {
 			flags: []flag{{"markdown", "", "", "print the reference of all commands"}}},
 
 		{name: "update", hidden: true, max: -1, run: instead("there is no update: a push is one", "git push m3o main")},
-		{name: "deploy", hidden: true, max: -1, run: instead("there is no deploy: a push is one", "git push m3o main")},
 		{name: "__complete", hidden: true, max: -1, run: runComplete},
 	}
 }

@@ -229,6 +229,10 @@ func apply(ctx context.Context, blob io.Reader, dir string, ly runtime.Layer) er
 	content := io.TeeReader(left, diffSum)
 	_, err = archive.Apply(ctx, dir, content, archive.WithConvertWhiteout(archive.OverlayConvertWhiteout),
 		archive.WithFilter(func(h *tar.Header) (bool, error) {
+			// An app runs as a user of its own, whoever the image's files are
+			// of: what their owner may read and run, it may. Nothing else is
+			// ever mounted together with this.
+			h.Mode |= h.Mode>>3&0o050 | h.Mode>>6&0o005
 			// The mount ignores devices; do not even make them.
 			return h.Typeflag != tar.TypeChar && h.Typeflag != tar.TypeBlock, nil
 		}))

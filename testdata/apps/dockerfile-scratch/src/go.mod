@@ -1,0 +1,3 @@
+module example.com/dockerfile-scratch
+
+go 1.26

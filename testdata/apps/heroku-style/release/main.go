@@ -1,0 +1,6 @@
+// Release runs before a release is live, as a migration would.
+package main
+
+import "fmt"
+
+func main() { fmt.Println("migrated") }

@@ -1,0 +1,3 @@
+module example.com/monorepo/pkg
+
+go 1.26

@@ -1,0 +1,3 @@
+module example.com/workspace/jobs
+
+go 1.26
