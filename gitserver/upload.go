@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path"
+	"path/filepath"
 	"strings"
 	"syscall"
 	"time"
@@ -47,6 +48,11 @@ func CommitTar(ctx context.Context, repo, ref, author, message string, r io.Read
 	werr := fastImport(in, ref, author, message, time.Now(), r)
 	_ = in.Close() // without its "done" git makes nothing
 	err = cmd.Wait()
+	if crashes, gerr := filepath.Glob(filepath.Join(globQuote(repo), "fast_import_crash_*")); gerr == nil {
+		for _, f := range crashes {
+			_ = os.Remove(f) // git leaves one for every stream without its end
+		}
+	}
 	if werr != nil && m3o.KindOf(werr) != m3o.Internal {
 		return "", werr
 	}
@@ -100,9 +106,9 @@ func fastImport(w io.Writer, ref, author, message string, at time.Time, r io.Rea
 		if _, err := fmt.Fprintf(w, "M %s inline %s\ndata %d\n", mode, quotePath(name), size); err != nil {
 			return err
 		}
-		if n, err := io.Copy(w, body); err != nil {
-			return err
-		} else if n != size {
+		if n, err := io.Copy(w, body); errors.Is(err, syscall.EPIPE) {
+			return err // git has ended, and says why
+		} else if err != nil || n != size {
 			return &m3o.Error{Kind: m3o.Invalid, Msg: "the uploaded tree ends too early", Hint: "try again"}
 		}
 		if _, err := io.WriteString(w, "\n"); err != nil {
