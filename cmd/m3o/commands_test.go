@@ -124,7 +124,6 @@ func TestMisuseExits2AndNamesTheNearest(t *testing.T) {
 		{"info a -a b", "two apps are named: a and b", "leave one out"},
 		{"info -a=", `"" is no name of an app`, ""},
 		{"completion tcsh", "no completion for", "bash, zsh and fish"},
-		{"run .", "m3o cannot run a one-off command yet", "git push m3o main"},
 		{"update .", "there is no update", "git push m3o main"},
 		{"help xyzzyplugh", "no command called", ""},
 	} {
@@ -277,7 +276,7 @@ func TestCompletion(t *testing.T) {
 		line      string // the last word is the one at the cursor
 		want, not []string
 	}{
-		{"|", []string{"apps", "config:set", "logs"}, []string{"run", "__complete"}},
+		{"|", []string{"apps", "config:set", "logs"}, []string{"update", "__complete"}},
 		{"conf|", []string{"config", "config:set", "config:get"}, []string{"apps"}},
 		{"config|", []string{"config", "config:set"}, nil},
 		{"config |", []string{"set", "get", "unset"}, []string{"config"}},
