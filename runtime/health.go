@@ -41,7 +41,7 @@ func (r *Reconciler) probe(ctx context.Context, in *instance, w Workload, addr s
 	var told <-chan struct{} // the server says that something changed
 	defer func() {
 		if told != nil {
-			for range told { //nolint:revive // until the watcher has ended
+			for range told { // until the watcher has ended
 			}
 		}
 	}()

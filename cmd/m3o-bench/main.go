@@ -53,6 +53,7 @@ var measurements = []measurement{
 	{"protobuf", "Generated code", (*bench).protobuf},
 	{"rollback", "Rollback", (*bench).rollback},
 	{"router", "The router, against nginx", (*bench).proxies},
+	{"wake", "Scale from zero", (*bench).wake},
 	{"history", "Full history and one commit, against OpenSSH", (*bench).history},
 }
 
