@@ -78,6 +78,9 @@ var permissions = map[string]auth.Verb{
 	m3ov1connect.CertificatesRemoveProcedure: auth.DomainsWrite,
 	m3ov1connect.TrafficGetProcedure:         auth.AppsRead,
 	m3ov1connect.TrafficSetProcedure:         auth.ProcessesWrite,
+	m3ov1connect.LinksAddProcedure:           auth.AccessWrite,
+	m3ov1connect.LinksListProcedure:          auth.AppsRead,
+	m3ov1connect.LinksRemoveProcedure:        auth.AccessWrite,
 	m3ov1connect.DoctorCheckProcedure:        auth.ServerRead,
 	m3ov1connect.DrainsAddProcedure:          auth.ConfigWrite,
 	m3ov1connect.DrainsListProcedure:         auth.ConfigRead,
@@ -124,6 +127,7 @@ func (d *Daemon) apiHandler() http.Handler {
 	mux.Handle(m3ov1connect.NewCertificatesHandler(certsAPI{d}, opts...))
 	mux.Handle(m3ov1connect.NewTrafficHandler(trafficAPI{d}, opts...))
 	mux.Handle(m3ov1connect.NewDoctorHandler(doctorAPI{d}, opts...))
+	mux.Handle(m3ov1connect.NewLinksHandler(linksAPI{d}, opts...))
 	mux.Handle(m3ov1connect.NewDrainsHandler(drainsAPI{d}, opts...))
 	mux.Handle(m3ov1connect.NewRunsHandler(runsAPI{d}, opts...))
 	mux.Handle(m3ov1connect.NewScaleHandler(scaleAPI{d}, opts...))

@@ -97,7 +97,7 @@ func (d *Daemon) destroyApp(ctx context.Context, app string) error {
 	if err := os.RemoveAll(d.cfg.path("builds", app)); err != nil {
 		return fmt.Errorf("remove build logs: %w", err)
 	}
-	if err := d.drains.removeApp(ctx, app); err != nil {
+	if err := errors.Join(d.drains.removeApp(ctx, app), d.unlinkApp(ctx, app)); err != nil {
 		return err
 	}
 	// A later app of this name must not show this one's lines.

@@ -53,6 +53,7 @@ type Config struct {
 	DNSServers string        // host:port,…: asked about domains instead of the system's
 	LogAge     time.Duration // lines of apps' logs are kept this long
 	LogSize    int           // MB kept of the logs of an app's instances that are gone
+	Metrics    string        // address of GET /metrics for Prometheus; "" for none
 	AccessLog  int           // requests a second that get a line in their app's log; default 1000, -1 for none
 
 	DefaultAccess string // "public" or "private": who may use the URL of an app of which nothing was set
@@ -189,6 +190,7 @@ var options = []option{
 	str("log-level", "debug, info, warn or error", func(c *Config) *string { return &c.LogLevel }),
 	dur("log-age", "how long lines of apps' logs are kept (default 168h)", func(c *Config) *time.Duration { return &c.LogAge }),
 	number("log-size", "MB that are kept of the logs of an app's instances that are gone (default 200)", func(c *Config) *int { return &c.LogSize }),
+	str("metrics", "address where Prometheus finds /metrics, without authentication: 127.0.0.1:9464 (default: none)", func(c *Config) *string { return &c.Metrics }),
 	number("access-log", "how many requests a second, of all apps together, get a line in their app's log (default 1000, -1 for none)", func(c *Config) *int { return &c.AccessLog }),
 }
 

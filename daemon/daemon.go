@@ -65,6 +65,9 @@ type Daemon struct {
 	runs      runs
 	logs      *appLogs
 	drains    *drains
+	links     *store.Bucket[link]
+	linksMu   sync.Mutex   // orders what the driver is told of links
+	metrics   net.Listener // nil where nobody wants them
 	uploads   uploads
 
 	imagesMu sync.RWMutex // read: an image is made that no release names yet; write: images are removed
@@ -140,6 +143,12 @@ func New(ctx context.Context, cfg Config, version string, log *slog.Logger) (_ *
 	if d.drains, err = openDrains(ctx, d); err != nil {
 		return nil, fmt.Errorf("open drains: %w", err)
 	}
+	if d.links, err = openLinks(ctx, d.store); err != nil {
+		return nil, fmt.Errorf("open links: %w", err)
+	}
+	if err := d.listenMetrics(ctx); err != nil {
+		return nil, err
+	}
 	if err := os.Remove(d.apiSocket()); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return nil, fmt.Errorf("remove stale API socket: %w", err)
 	}
@@ -175,6 +184,9 @@ func (d *Daemon) Run(ctx context.Context, ready func(Ready)) error {
 	if err := d.openEngines(ctx); err != nil {
 		return errors.Join(err, d.store.Close())
 	}
+	if err := d.applyLinks(ctx); err != nil {
+		return errors.Join(err, d.store.Close())
+	}
 	if err := d.startRouter(ctx); err != nil {
 		return errors.Join(err, d.store.Close())
 	}
@@ -200,6 +212,7 @@ func (d *Daemon) Run(ctx context.Context, ready func(Ready)) error {
 	s.Add("upkeep", d.upkeep)
 	s.Add("sleepers", d.followAsks)
 	s.Add("load", d.followLoad)
+	s.Add("metrics", d.serveMetrics)
 	s.Add("builder", d.builder.Run)
 	s.Add("background", func(ctx context.Context) error {
 		<-ctx.Done()

@@ -153,6 +153,7 @@ type client struct {
 	doctor    m3ov1connect.DoctorClient
 	scale     m3ov1connect.ScaleClient
 	volumes   m3ov1connect.VolumesClient
+	links     m3ov1connect.LinksClient
 	server    m3ov1connect.ServerClient
 	schedules m3ov1connect.SchedulesClient
 	domains   m3ov1connect.DomainsClient
@@ -216,6 +217,7 @@ func clientWith(t target, conf *tls.Config) *client {
 		deploys:   m3ov1connect.NewDeploysClient(h, base, opts...),
 		config:    m3ov1connect.NewConfigClient(h, base, opts...),
 		processes: m3ov1connect.NewProcessesClient(h, base, opts...),
+		links:     m3ov1connect.NewLinksClient(h, base, opts...),
 		doctor:    m3ov1connect.NewDoctorClient(h, base, opts...),
 		drains:    m3ov1connect.NewDrainsClient(h, base, opts...),
 		runs:      m3ov1connect.NewRunsClient(h, base, opts...),

@@ -15,7 +15,7 @@ func commands() []*command {
 		storageCommands(),
 		runCommands(),
 		logCommands(),
-		doctorCommands(),
+		doctorCommands(), linkCommands(),
 		helpCommands(),
 	)
 	order := map[string]int{}

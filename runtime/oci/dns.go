@@ -19,12 +19,14 @@ import (
 
 // names is the instances' name server, on the gateway address. It knows
 // <app>.instances.internal, the addresses of an app's ready instances, and
-// tells them to who may talk to them: the app itself, as long as no pairs are
-// allowed. Everything else it asks the host's own name servers.
+// tells them to who may talk to them: the app itself and those that are linked
+// to it. Everything else it asks the host's own name servers.
 type names struct {
 	addr      netip.AddrPort
 	upstreams []string // "ip:port"
 	instances func() []m3o.Instance
+	appAt     func(netip.Addr) string // whose address it is, "" for nobody's
+	may       func(from, to string) bool
 	log       *slog.Logger
 	udp       net.PacketConn
 	tcp       net.Listener
@@ -130,15 +132,14 @@ func (n *names) local(q *dns.Msg, name string, who netip.Addr) *dns.Msg {
 	m := new(dns.Msg).SetReply(q)
 	m.Authoritative = true
 	app, ok := strings.CutSuffix(name, ".instances."+zone)
-	all := n.instances()
-	if !ok || app == "" || n.appOf(all, who) != app {
+	if !ok || app == "" || !n.may(n.appAt(who), app) {
 		m.Rcode = dns.RcodeNameError
 		return m
 	}
 	if t := q.Question[0].Qtype; t != dns.TypeA && t != dns.TypeANY {
 		return m // the name exists, with nothing of that type
 	}
-	for _, in := range all {
+	for _, in := range n.instances() {
 		ip, err := netip.ParseAddrPort(in.Addr)
 		if in.App == app && in.Phase == m3o.Ready && err == nil {
 			m.Answer = append(m.Answer, &dns.A{A: ip.Addr().AsSlice(),
@@ -146,15 +147,6 @@ func (n *names) local(q *dns.Msg, name string, who netip.Addr) *dns.Msg {
 		}
 	}
 	return m
-}
-
-func (n *names) appOf(all []m3o.Instance, who netip.Addr) string {
-	for _, in := range all {
-		if a, err := netip.ParseAddrPort(in.Addr); err == nil && a.Addr() == who {
-			return in.App
-		}
-	}
-	return ""
 }
 
 func (n *names) forward(q *dns.Msg, network string) *dns.Msg {

@@ -141,6 +141,7 @@ type Driver struct {
 	layers    *layers
 	logs      runtime.Logs
 	names     *names
+	links     *links
 	lock      *os.File // on Dir
 	nameLock  *os.File // on Name
 }
@@ -205,6 +206,16 @@ func Open(ctx context.Context, cfg Config) (_ *Driver, err error) {
 		return nil, err
 	}
 	d.net = &network{prefix: cfg.Name + "-", subnet: cfg.Subnet, gateway: gatewayFor(cfg.Name), uplink: cfg.Uplink, deny: cfg.Deny, table: cfg.Name}
+	if d.links, err = openLinks(filepath.Join(cfg.Dir, "links.json"), d.net.putPairs); err != nil {
+		return nil, err
+	}
+	for _, in := range d.Instances() {
+		if ip, err := d.address(in.ID); err == nil {
+			d.links.members[in.ID] = member{in.App, ip}
+		}
+	}
+	d.net.pairs = d.links.pairs()
+	d.links.sent = d.net.pairs
 	turnedOn, err := d.net.setup()
 	if err != nil {
 		return nil, err
@@ -219,7 +230,7 @@ func Open(ctx context.Context, cfg Config) (_ *Driver, err error) {
 	if up == nil {
 		up = hostServers("/etc/resolv.conf")
 	}
-	d.names, err = openNames(&names{addr: netip.AddrPortFrom(d.net.gateway, dnsPort), upstreams: up, instances: d.Instances, log: cfg.Log})
+	d.names, err = openNames(&names{addr: netip.AddrPortFrom(d.net.gateway, dnsPort), upstreams: up, instances: d.Instances, appAt: d.links.appAt, may: d.links.may, log: cfg.Log})
 	return d, err
 }
 

@@ -18,7 +18,7 @@ import (
 // moment without it. In nft's words, for name m3o:
 //
 //	table inet m3o {
-//	  set pairs { type ipv4_addr . ipv4_addr }   # who may talk to whom; empty
+//	  set pairs { type ipv4_addr . ipv4_addr }   # who may talk to whom: links
 //	  chain input {
 //	    type filter hook input priority filter
 //	    iifname "m3o-*" ct state established,related accept
@@ -55,9 +55,9 @@ func (n *network) firewall() error {
 	c.AddTable(t) // deleting one that is not there would fail
 	c.DelTable(t)
 	c.AddTable(t)
-	pairs := &nftables.Set{Table: t, Name: "pairs", Concatenation: true,
-		KeyType: nftables.MustConcatSetType(nftables.TypeIPAddr, nftables.TypeIPAddr)}
-	if err := c.AddSet(pairs, nil); err != nil {
+	pairs := n.pairSet()
+	pairs.Table = t
+	if err := c.AddSet(pairs, elements(n.pairs)); err != nil {
 		return fmt.Errorf("add set: %w", err)
 	}
 	chain := func(name string, hook *nftables.ChainHook, typ nftables.ChainType, prio *nftables.ChainPriority) func(...[]expr.Any) {

@@ -134,6 +134,9 @@ func (d *Driver) launch(ctx context.Context, id string, w runtime.Workload, l la
 	if err := d.net.add(id, pid, ip); err != nil {
 		return nil, fmt.Errorf("set up network: %w", err)
 	}
+	if err := d.links.join(id, w.App, ip); err != nil {
+		return nil, err
+	}
 	if err := d.runc(ctx, id, "start", id); err != nil {
 		return nil, err
 	}
@@ -302,6 +305,9 @@ func (d *Driver) clear(ctx context.Context, id string) error {
 		return err
 	}
 	if err := d.cgroups.remove(id); err != nil {
+		return err
+	}
+	if err := d.links.leave(id); err != nil {
 		return err
 	}
 	if ip, err := d.address(id); err == nil {

@@ -33,6 +33,7 @@ type network struct {
 	uplink  string // "": any device that is not ours
 	deny    []netip.Prefix
 	table   string
+	pairs   []pair // that the firewall begins with
 	nl      *netlink.Handle
 }
 

@@ -378,7 +378,7 @@ func FuzzNames(f *testing.F) {
 	f.Add(make([]byte, 12))
 	n := &names{slots: make(chan struct{}, 1), log: slog.New(slog.DiscardHandler), instances: func() []m3o.Instance {
 		return []m3o.Instance{{App: "hello", Addr: "198.18.0.1:8080", Phase: m3o.Ready}, {App: "worker"}}
-	}}
+	}, appAt: func(netip.Addr) string { return "hello" }, may: func(from, to string) bool { return from == to }}
 	f.Fuzz(func(t *testing.T, b []byte) {
 		q := new(dns.Msg)
 		if q.Unpack(b) != nil {
