@@ -1,6 +1,7 @@
 package gateway
 
 import (
+	"cmp"
 	"fmt"
 	"strings"
 
@@ -17,10 +18,6 @@ type codec interface {
 	toJSON(dst, wire []byte) ([]byte, error)
 }
 
-func newCodec(md protoreflect.MessageDescriptor, types *dynamicpb.Types) codec {
-	return &generic{desc: md, types: types}
-}
-
 // maxNesting is how deep messages may lie in each other, as in other protobuf
 // implementations.
 const maxNesting = 100
@@ -31,6 +28,8 @@ type generic struct {
 	desc   protoreflect.MessageDescriptor
 	types  *dynamicpb.Types
 	strict bool // unknown fields are errors
+	// nesting is how deep messages may lie in this one; maxNesting when 0.
+	nesting int
 }
 
 func (c *generic) toWire(dst, json []byte) ([]byte, error) {
@@ -53,7 +52,7 @@ func (c *generic) parse(json []byte) (*dynamicpb.Message, error) {
 	m := dynamicpb.NewMessage(c.desc)
 	// Unknown fields are ignored unless the app wants otherwise: an old app must
 	// not refuse a new client.
-	err := protojson.UnmarshalOptions{DiscardUnknown: !c.strict, Resolver: c.types, RecursionLimit: maxNesting}.Unmarshal(json, m)
+	err := protojson.UnmarshalOptions{DiscardUnknown: !c.strict, Resolver: c.types, RecursionLimit: cmp.Or(c.nesting, maxNesting)}.Unmarshal(json, m)
 	if err != nil {
 		return nil, invalid("%s: %s", c.desc.FullName(), jsonError(err))
 	}

@@ -58,7 +58,7 @@ func (g *Gateway) input(w http.ResponseWriter, r *http.Request, m *method, stric
 	if r.URL.RawQuery == "" && !form && boundary == "" && !strict {
 		return g.bounded(m.in.toWire(nil, body))
 	}
-	c := &generic{m.desc.Input(), m.types, strict}
+	c := &generic{desc: m.desc.Input(), types: m.types, strict: strict}
 	msg := dynamicpb.NewMessage(c.desc)
 	if err := fill(msg, r.URL.RawQuery, m.types, strict); err != nil {
 		return nil, err

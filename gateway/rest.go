@@ -282,7 +282,7 @@ func (b *binding) input(g *Gateway, w http.ResponseWriter, r *http.Request, vals
 	if err != nil {
 		return nil, err
 	}
-	c := &generic{m.desc.Input(), m.types, strict}
+	c := &generic{desc: m.desc.Input(), types: m.types, strict: strict}
 	msg := dynamicpb.NewMessage(m.desc.Input())
 	raw := rawBody(m.desc.Input(), b.body)
 	switch {

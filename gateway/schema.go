@@ -52,6 +52,7 @@ func compile(fds *descriptorpb.FileDescriptorSet) (s *set, err error) {
 		return nil, fmt.Errorf("compile schema: %w", err)
 	}
 	types := dynamicpb.NewTypes(files)
+	plans := &planner{types: types, plans: map[protoreflect.FullName]*plan{}}
 	s = &set{methods: map[string]*method{}, files: files, types: types}
 	files.RangeFiles(func(fd protoreflect.FileDescriptor) bool {
 		for i := range fd.Services().Len() {
@@ -60,7 +61,7 @@ func compile(fds *descriptorpb.FileDescriptorSet) (s *set, err error) {
 				md := sd.Methods().Get(j)
 				m := &method{
 					path: "/" + string(sd.FullName()) + "/" + string(md.Name()), desc: md, service: string(sd.FullName()), types: types,
-					in: newCodec(md.Input(), types), out: newCodec(md.Output(), types),
+					in: fast{plans.plan(md.Input())}, out: fast{plans.plan(md.Output())},
 				}
 				if o, ok := md.Options().(*descriptorpb.MethodOptions); ok {
 					m.safe = o.GetIdempotencyLevel() == descriptorpb.MethodOptions_NO_SIDE_EFFECTS
@@ -140,8 +141,35 @@ func readSet(file string) (*set, error) {
 	if err != nil {
 		return nil, err
 	}
-	s.raw = b
+	if s.raw, err = proto.Marshal(inOrder(&fds)); err != nil {
+		return nil, fmt.Errorf("order schema: %w", err)
+	}
 	return s, nil
+}
+
+// inOrder puts every file behind those it imports, as protoc does and some
+// readers insist on.
+func inOrder(fds *descriptorpb.FileDescriptorSet) *descriptorpb.FileDescriptorSet {
+	byName := map[string]*descriptorpb.FileDescriptorProto{}
+	for _, f := range fds.File {
+		byName[f.GetName()] = f
+	}
+	out, done := &descriptorpb.FileDescriptorSet{}, map[string]bool{}
+	var add func(f *descriptorpb.FileDescriptorProto)
+	add = func(f *descriptorpb.FileDescriptorProto) {
+		if f == nil || done[f.GetName()] {
+			return
+		}
+		done[f.GetName()] = true
+		for _, d := range f.GetDependency() {
+			add(byName[d])
+		}
+		out.File = append(out.File, f)
+	}
+	for _, f := range fds.File {
+		add(f)
+	}
+	return out
 }
 
 // byPath finds /package.Service/Method, or the same by short or
