@@ -165,6 +165,7 @@ type Release struct {
 	Processes   map[string]Process
 	Command     []string // the release command, nil when none
 	Health      Health
+	HTTP        HTTP
 	Sleep       time.Duration // idle time after which it is stopped until a request comes; 0: never
 	AutoRevert  bool          // rolled back by itself when it starts crashing soon after going live
 	Descriptors string        // digest of the FileDescriptorSet, "sha256:…"; "" when the app has none
@@ -215,6 +216,12 @@ type Route struct {
 	App       string
 	Release   int
 	Endpoints []string // "ip:port"
+}
+
+// HTTP is what an app's m3o.yaml says of how the platform answers for it.
+type HTTP struct {
+	Origins []string // sites whose pages may call it, see API
+	Strict  bool     // JSON with unknown fields is refused
 }
 
 // An API is what the gateway knows of the release it answers for.

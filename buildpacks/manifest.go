@@ -20,6 +20,7 @@ import (
 type Manifest struct {
 	Build    BuildKeys
 	Health   m3o.Health
+	HTTP     m3o.HTTP
 	Protobuf ProtobufKeys
 	Run      RunKeys
 }
@@ -29,6 +30,7 @@ func manifestKeys() []key[Manifest] {
 	return slices.Concat(
 		buildKeys(),
 		healthKeys(),
+		httpKeys(),
 		protobufKeys(),
 		runKeys(),
 	)

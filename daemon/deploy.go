@@ -126,7 +126,7 @@ func (d *Daemon) push(ctx context.Context, turn *turn, src m3o.Source, w io.Writ
 		unlock()
 		return fail(err)
 	}
-	rel := m3o.Release{App: src.App, Image: res.Image, Config: rev.Number, Processes: plan.Processes, Command: plan.Release, Health: plan.Health,
+	rel := m3o.Release{App: src.App, Image: res.Image, Config: rev.Number, Processes: plan.Processes, Command: plan.Release, Health: plan.Health, HTTP: plan.Files.Manifest.HTTP,
 		Sleep: plan.Files.Manifest.Run.Sleep.After, AutoRevert: plan.Files.Manifest.Run.Rollback == "auto",
 		Commit: src.Commit, Message: subject, Reason: src.Via, User: src.User, Build: bld.Number}
 	api.describe(&rel)

@@ -19,8 +19,9 @@ import (
 
 // traits is what a release showed when it first became ready.
 type traits struct {
-	Protocol    string // as router.Host.Protocol
-	Descriptors string // file of its FileDescriptorSet, "" when it has none
+	Protocol    string   // as router.Host.Protocol
+	HTTP        m3o.HTTP `json:"-"` // of the release, which knows it
+	Descriptors string   // file of its FileDescriptorSet, "" when it has none
 }
 
 type appVersion struct {
@@ -357,7 +358,7 @@ func (r *routes) rows(app string) []router.Host {
 	row := func(v int, eps []string) router.Host {
 		tr, m := r.traits[appVersion{app, v}], r.modes[app]
 		return router.Host{Kind: router.KindApp, App: app, Release: v, Endpoints: eps, Protocol: cmp.Or(tr.Protocol, router.HTTP1),
-			Descriptors: tr.Descriptors, Maintenance: m.maintenance, Paused: m.paused, Policy: policy}
+			Descriptors: tr.Descriptors, Origins: tr.HTTP.Origins, StrictJSON: tr.HTTP.Strict, Maintenance: m.maintenance, Paused: m.paused, Policy: policy}
 	}
 	z := r.rests[app]
 	if z.asleep {

@@ -44,6 +44,7 @@ func (d *Daemon) examine(ctx context.Context, rel m3o.Release, in m3o.Instance) 
 	if err := atomicfile.Write(d.traitsFile(rel, ".json"), b, 0o600); err != nil {
 		return traits{}, fmt.Errorf("keep traits: %w", err)
 	}
+	t.HTTP = rel.HTTP
 	return t, nil
 }
 
@@ -59,6 +60,7 @@ func (d *Daemon) knownTraits(rel m3o.Release) (traits, bool) {
 			return traits{}, false
 		}
 	}
+	t.HTTP = rel.HTTP
 	return t, true
 }
 

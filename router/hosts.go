@@ -150,7 +150,7 @@ type endpointID struct {
 // known already. rt.mu is held.
 func (rt *Router) newHost(row Host) *host {
 	h := &host{Host: row, grpc: row.Protocol == GRPC, h2: row.Protocol == GRPC || row.Protocol == H2C, sum: sumOf(&row),
-		api: &m3o.API{App: row.App, Release: row.Release, Schema: row.Descriptors}}
+		api: &m3o.API{App: row.App, Release: row.Release, Schema: row.Descriptors, Origins: row.Origins, Strict: row.StrictJSON}}
 	if h.app = rt.apps[row.App]; h.app == nil {
 		h.app = &app{rows: map[int]int{}}
 		rt.apps[row.App] = h.app

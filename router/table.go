@@ -56,6 +56,8 @@ type Host struct {
 	Endpoints   []string `json:"endpoints,omitempty"`
 	Protocol    string   `json:"protocol,omitempty"`    // HTTP1 when empty
 	Descriptors string   `json:"descriptors,omitempty"` // absolute path of a FileDescriptorSet, "" for none
+	Origins     []string `json:"origins,omitempty"`     // see m3o.API
+	StrictJSON  bool     `json:"strict_json,omitempty"` // see m3o.API
 	// Kind is KindApp when empty. On a KindAPI host /m3o.v1.*/…, /hooks/…, /-/… and /
 	// go to Endpoints, and every other path is /<app>/…, which the Gateway
 	// answers with that app.
