@@ -7,6 +7,7 @@ import "slices"
 func commands() []*command {
 	all := slices.Concat(
 		basicCommands(),
+		deployCommands(),
 		accessCommands(),
 		requestCommands(),
 		scheduleCommands(),
