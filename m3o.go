@@ -168,6 +168,7 @@ type Release struct {
 	HTTP        HTTP
 	Sleep       time.Duration // idle time after which it is stopped until a request comes; 0: never
 	AutoRevert  bool          // rolled back by itself when it starts crashing soon after going live
+	Schedules   []Schedule    // what its own files ask to do at set times
 	Descriptors string        // digest of the FileDescriptorSet, "sha256:…"; "" when the app has none
 	Commit      string
 	Message     string // subject line of the commit
@@ -178,6 +179,18 @@ type Release struct {
 
 	BreakingPolicy string   // what its API was held to against the release before: WIRE_JSON, WIRE or off; "" when it has no .proto files
 	Breaking       []string // what of the API before it broke all the same, as allowed; a line each
+}
+
+// A Schedule is something a release asks to do at set times.
+type Schedule struct {
+	Name       string
+	Cron, Zone string   // a cron line, and whose clock; UTC when empty
+	Action     string   // "rebuild", "run" or "call"
+	Args       []string // the command, or the method and its message
+	IfOutdated bool     // rebuild only what would come out otherwise
+	Overlap    string   // "skip", "queue", "replace" or ""
+	Missed     string   // "once", "skip" or ""
+	Jitter     time.Duration
 }
 
 // Name is the release as people write it: v12.

@@ -8,7 +8,7 @@ import (
 )
 
 // reservedNames are the app names the platform keeps for its own hosts.
-var reservedNames = []string{"api", "www", "m3o", "git", "admin", "internal"}
+var reservedNames = []string{"api", "www", "m3o", "git", "admin", "internal", "hooks"}
 
 // CheckAppName reports why name cannot be an app's name: it becomes a host
 // name label, a directory and a git remote, so it is 1 to 40 of a-z, 0-9 and

@@ -76,6 +76,11 @@ func (f Files) Commands() []Command {
 	if len(f.App.Postdeploy) > 0 {
 		out = append(out, Command{AppJSONName, f.App.Postdeploy})
 	}
+	for _, s := range f.Manifest.Schedules {
+		if s.Action == "run" {
+			out = append(out, Command{ManifestName + ": schedules." + s.Name, s.Args})
+		}
+	}
 	for _, c := range f.App.Cron {
 		out = append(out, Command{fmt.Sprintf("%s:%d", AppJSONName, c.Line), c.Command})
 	}

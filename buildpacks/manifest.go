@@ -23,6 +23,9 @@ type Manifest struct {
 	HTTP     m3o.HTTP
 	Protobuf ProtobufKeys
 	Run      RunKeys
+
+	Schedules []m3o.Schedule
+	Paths     []string // of files whose change makes a push deploy; none: all
 }
 
 // manifestKeys is the table of all keys of m3o.yaml.
@@ -31,6 +34,7 @@ func manifestKeys() []key[Manifest] {
 		buildKeys(),
 		healthKeys(),
 		httpKeys(),
+		deployKeys(),
 		protobufKeys(),
 		runKeys(),
 	)

@@ -108,6 +108,21 @@ var permissions = map[string]auth.Verb{
 	m3ov1connect.VolumesMountProcedure:       auth.ProcessesWrite,
 	m3ov1connect.VolumesUnmountProcedure:     auth.ProcessesWrite,
 	m3ov1connect.VolumesDestroyProcedure:     auth.VolumesDestroy,
+	m3ov1connect.ControlGetProcedure:         auth.AppsRead,
+	m3ov1connect.ControlSetBranchProcedure:   auth.DeployWrite,
+	m3ov1connect.ControlSetPathsProcedure:    auth.DeployWrite,
+	m3ov1connect.ControlLockProcedure:        auth.DeployWrite,
+	m3ov1connect.ControlUnlockProcedure:      auth.DeployWrite,
+	m3ov1connect.ControlPublishProcedure:     auth.DeployWrite,
+	m3ov1connect.ControlAddHookProcedure:     auth.DeployWrite,
+	m3ov1connect.ControlListHooksProcedure:   auth.AppsRead,
+	m3ov1connect.ControlRemoveHookProcedure:  auth.DeployWrite,
+
+	m3ov1connect.NotificationsAddProcedure:     auth.NotifyWrite,
+	m3ov1connect.NotificationsListProcedure:    auth.AppsRead,
+	m3ov1connect.NotificationsRemoveProcedure:  auth.NotifyWrite,
+	m3ov1connect.NotificationsTestProcedure:    auth.NotifyWrite,
+	m3ov1connect.NotificationsHistoryProcedure: auth.AppsRead,
 }
 
 // apiHandler serves the control plane's procedures, each behind its permission.
@@ -138,6 +153,9 @@ func (d *Daemon) apiHandler() http.Handler {
 	mux.Handle(m3ov1connect.NewCanaryHandler(canaryAPI{d}, opts...))
 	mux.HandleFunc("POST "+router.VerifyPath, d.verify)
 	mux.Handle(m3ov1connect.NewSchedulesHandler(schedulesAPI{d}, opts...))
+	mux.Handle(m3ov1connect.NewControlHandler(controlAPI{d}, opts...))
+	mux.Handle(m3ov1connect.NewNotificationsHandler(notificationsAPI{d}, opts...))
+	mux.Handle(hookPath, d.hooks)
 	mux.HandleFunc("GET /-/health", func(w http.ResponseWriter, _ *http.Request) { _, _ = w.Write([]byte("ok\n")) })
 	return mux
 }

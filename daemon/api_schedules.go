@@ -114,6 +114,13 @@ func (a schedulesAPI) Resume(ctx context.Context, req *connect.Request[m3ov1.Res
 }
 
 func (a schedulesAPI) Remove(ctx context.Context, req *connect.Request[m3ov1.RemoveScheduleRequest]) (*connect.Response[m3ov1.RemoveScheduleResponse], error) {
+	rec, _, err := a.d.schedules.get(ctx, req.Msg.App, req.Msg.Schedule)
+	if err == nil {
+		err = declaredOnly(rec)
+	}
+	if err != nil {
+		return nil, err
+	}
 	if err := a.d.schedules.remove(ctx, req.Msg.App, req.Msg.Schedule); err != nil {
 		return nil, err
 	}

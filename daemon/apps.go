@@ -66,7 +66,7 @@ func (d *Daemon) destroyApp(ctx context.Context, app string) error {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 2*time.Minute)
 	defer cancel()
 	// First, or one of them would start what is being removed.
-	if err := d.schedules.removeApp(ctx, app); err != nil {
+	if err := errors.Join(d.schedules.removeApp(ctx, app), d.hooks.removeApp(ctx, app), d.notify.removeApp(ctx, app)); err != nil {
 		return err
 	}
 	_, turn, err := d.lanes.lane(app).enter(ctx, nil) // cancels a push that runs

@@ -44,7 +44,11 @@ type Config struct {
 	Bin              string        // directory of buildkitd, runc and m3o-shim; default beside m3od
 	StopApps         bool          // stop the router and every instance when the daemon stops
 	Drain            time.Duration // how long requests of an old release may go on after a switch
-	LogLevel         string        // debug, info, warn or error
+
+	// NotifyPrivate lets notifications go to private and loopback addresses, and by plain HTTP.
+	NotifyPrivate bool
+
+	LogLevel string // debug, info, warn or error
 
 	ACMEEmail  string        // who gets mail about certificates; setting it agrees to the CA's terms
 	ACMECA     string        // directory URL of the CA; Let's Encrypt when empty
@@ -187,6 +191,7 @@ var options = []option{
 	str("acme-trust", "PEM file of certificates to trust the ACME CA by (default: the system's)", func(c *Config) *string { return &c.ACMETrust }),
 	str("dns-servers", "host:port,… asked about domains (default: the system's)", func(c *Config) *string { return &c.DNSServers }),
 	str("default-access", "who may use the URL of an app of which nothing was set: public or private", func(c *Config) *string { return &c.DefaultAccess }),
+	boolean("notify-private", "notifications may go to private and loopback addresses, and by plain HTTP", func(c *Config) *bool { return &c.NotifyPrivate }),
 	str("log-level", "debug, info, warn or error", func(c *Config) *string { return &c.LogLevel }),
 	dur("log-age", "how long lines of apps' logs are kept (default 168h)", func(c *Config) *time.Duration { return &c.LogAge }),
 	number("log-size", "MB that are kept of the logs of an app's instances that are gone (default 200)", func(c *Config) *int { return &c.LogSize }),

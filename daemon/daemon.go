@@ -21,6 +21,7 @@ import (
 	"github.com/m3o/m3o/buildpacks/source"
 	"github.com/m3o/m3o/certs"
 	"github.com/m3o/m3o/config"
+	"github.com/m3o/m3o/events"
 	"github.com/m3o/m3o/gitserver"
 	"github.com/m3o/m3o/internal/run"
 	"github.com/m3o/m3o/release"
@@ -69,6 +70,9 @@ type Daemon struct {
 	linksMu   sync.Mutex   // orders what the driver is told of links
 	metrics   net.Listener // nil where nobody wants them
 	uploads   uploads
+	hooks     *deployHooks
+	bus       *events.Bus
+	notify    *notifications
 
 	imagesMu sync.RWMutex // read: an image is made that no release names yet; write: images are removed
 
@@ -125,6 +129,15 @@ func New(ctx context.Context, cfg Config, version string, log *slog.Logger) (_ *
 	}
 	if d.schedules, err = openSchedules(ctx, d); err != nil {
 		return nil, fmt.Errorf("open schedules: %w", err)
+	}
+	if d.hooks, err = openDeployHooks(ctx, d); err != nil {
+		return nil, fmt.Errorf("open deploy hooks: %w", err)
+	}
+	if d.bus, err = openBus(ctx, d); err != nil {
+		return nil, fmt.Errorf("open events: %w", err)
+	}
+	if d.notify, err = openNotifications(ctx, d); err != nil {
+		return nil, fmt.Errorf("open notifications: %w", err)
 	}
 	d.router = router.Client{Socket: d.controlSocket()}
 	d.fleet = &fleet{Client: d.router, log: log, whole: func() router.Table { return d.routes.table() }}
@@ -222,6 +235,8 @@ func (d *Daemon) Run(ctx context.Context, ready func(Ready)) error {
 	})
 	s.Add("api", d.serveAPI)
 	settled := make(chan struct{}) // closed when the live releases run
+	s.Add("notifications", d.notify.run)
+	s.Add("crashes", d.watchCrashes)
 	s.Add("schedules", func(ctx context.Context) error {
 		select {
 		case <-settled:

@@ -28,10 +28,26 @@ type pushes struct{ d *Daemon }
 
 var _ gitserver.Apps = pushes{}
 
-// Deploy builds src and makes it live. What it returns is live already and
-// holds the app's lane: Done keeps it or takes it back.
+// Deploy builds src and makes it live, unless the push asks for no deploy.
 func (p pushes) Deploy(ctx context.Context, src m3o.Source, w io.Writer) (gitserver.Deployment, error) {
-	d, began := p.d, time.Now()
+	why, err := p.d.notWanted(ctx, src)
+	if err != nil {
+		return nil, err
+	}
+	if why != "" {
+		return skipped{why}, nil
+	}
+	live, err := p.d.deploy(ctx, src, w)
+	if err != nil {
+		return nil, err // not a nil *deployment in an interface
+	}
+	return live, nil
+}
+
+// deploy builds src and makes it live. What it returns is live already and
+// holds the app's lane: Done keeps it or takes it back.
+func (d *Daemon) deploy(ctx context.Context, src m3o.Source, w io.Writer) (*deployment, error) {
+	began := time.Now()
 	out := output{w}
 	ctx, turn, err := d.lanes.lane(src.App).enter(ctx, func() {
 		out.step("Waiting for the push before this one to end")
@@ -90,6 +106,7 @@ func (d *Daemon) push(ctx context.Context, turn *turn, src m3o.Source, w io.Writ
 	if err != nil {
 		return nil, d.failDeploy(ctx, dep.ID, d.endBuild(ctx, bld, err))
 	}
+	d.deployHappened(ctx, deployStarted, dep, m3o.Release{})
 	both := &tee{pusher: w, log: io.MultiWriter(logFile, d.logs.lines(src.App, sourceBuild))}
 	fail := func(err error) (*deployment, error) {
 		if cause := context.Cause(ctx); cause != nil {
@@ -129,19 +146,33 @@ func (d *Daemon) push(ctx context.Context, turn *turn, src m3o.Source, w io.Writ
 	rel := m3o.Release{App: src.App, Image: res.Image, Config: rev.Number, Processes: plan.Processes, Command: plan.Release, Health: plan.Health, HTTP: plan.Files.Manifest.HTTP,
 		Sleep: plan.Files.Manifest.Run.Sleep.After, AutoRevert: plan.Files.Manifest.Run.Rollback == "auto",
 		Commit: src.Commit, Message: subject, Reason: src.Via, User: src.User, Build: bld.Number}
+	if rel.Schedules, err = declaredSchedules(plan.Files); err != nil {
+		unlock()
+		return fail(err)
+	}
+	inImage(plan, rel.Schedules)
 	api.describe(&rel)
+	end := func() {
+		_ = logFile.Close()
+		unlock()
+		turn.leave()
+	}
+	app, err := d.ledger.App(ctx, src.App)
+	if err == nil && !app.Lock.At.IsZero() {
+		if err = turn.commit(ctx); err == nil {
+			return &deployment{d: d, dep: dep, rel: rel, began: began, built: res.Took, log: both.log, end: end, lock: app.Lock}, nil
+		}
+	}
+	if err != nil {
+		unlock()
+		return fail(err)
+	}
 	live, err := d.release(ctx, dep, rel, turn.commit, output{both})
 	if err != nil {
 		unlock()
 		return fail(err)
 	}
-	live.built, live.began = res.Took, began
-	live.end = func() {
-		_ = logFile.Close()
-		unlock()
-		turn.leave()
-	}
-	live.log = both.log
+	live.built, live.began, live.end, live.log = res.Took, began, end, both.log
 	return live, nil
 }
 
@@ -236,7 +267,7 @@ func (d *Daemon) takeImage(ctx context.Context, src m3o.Source, w io.Writer) (*b
 }
 
 // A deployment is a release that the router already leads to, whose deploy is
-// not final: the ref has not moved yet.
+// not final: the ref has not moved yet. That of a locked app is only built.
 type deployment struct {
 	d        *Daemon
 	dep      release.Deploy
@@ -246,7 +277,8 @@ type deployment struct {
 	built    time.Duration
 	started  time.Duration
 	log      io.Writer
-	end      func() // gives back locks and files
+	end      func()   // gives back locks and files
+	lock     m3o.Lock // of the app; the zero Lock where it is not locked
 }
 
 // Done ends the deploy: moved, the release stays and the one before it
@@ -257,13 +289,19 @@ func (l *deployment) Done(ctx context.Context, moved bool, w io.Writer) error {
 	// The pusher may be gone; what is half-done is finished all the same.
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Minute)
 	defer cancel()
+	if moved && !l.lock.At.IsZero() {
+		return l.hold(ctx, w)
+	}
 	if !moved {
 		err := &m3o.Error{Kind: m3o.Conflict, Msg: "git did not move the branch, so the release was taken back"}
-		l.d.takeBack(ctx, l.rel, l.previous)
+		if l.lock.At.IsZero() {
+			l.d.takeBack(ctx, l.rel, l.previous)
+		}
 		output{&tee{pusher: w, log: l.log}}.fail(err)
 		return l.d.failDeploy(ctx, l.dep.ID, err)
 	}
-	if _, err := l.d.advance(ctx, l.dep.ID, release.Confirm, nil); err != nil {
+	dep, err := l.d.advance(ctx, l.dep.ID, release.Confirm, nil)
+	if err != nil {
 		return err
 	}
 	l.d.log.Info("released", "app", l.rel.App, "release", l.rel.Version, "user", l.rel.User, "took", time.Since(l.began).Round(time.Millisecond))
@@ -279,6 +317,10 @@ func (l *deployment) Done(ctx context.Context, moved bool, w io.Writer) error {
 	}
 	if err := l.d.dropCanary(ctx, l.rel.App); err != nil {
 		l.d.log.Error("end canary", "app", l.rel.App, "err", err)
+	}
+	l.d.deployHappened(ctx, l.d.liveKind(ctx, dep), dep, l.rel)
+	if err := l.d.schedules.follow(ctx, l.rel); err != nil {
+		l.d.log.Error("follow the release's schedules", "app", l.rel.App, "err", err)
 	}
 	l.d.tellKept(ctx, l.rel.App)
 	l.d.settled(ctx, l.rel, l.previous)
@@ -567,7 +609,12 @@ func (d *Daemon) prune(ctx context.Context) {
 			d.log.Error("prune images", "app", app.Name, "err", err)
 			return
 		}
-		for _, rel := range kept {
+		held, err := d.ledger.Held(ctx, app.Name)
+		if err != nil {
+			d.log.Error("prune images", "app", app.Name, "err", err)
+			return
+		}
+		for _, rel := range slices.Concat(kept, held) {
 			keep = append(keep, rel.Image)
 		}
 		all = append(all, kept...)
@@ -613,6 +660,9 @@ func (d *Daemon) failDeploy(ctx context.Context, id string, err error) error {
 	if werr != nil {
 		d.log.Error("record failed deploy", "err", werr)
 		return err
+	}
+	if failedWorthTelling(err) {
+		d.deployHappened(ctx, deployFailed, dep, m3o.Release{})
 	}
 	d.log.Info("deploy failed", "app", dep.App, "build", dep.Build, "user", dep.User, "err", errors.Join(err, errors.Unwrap(err)))
 	return err

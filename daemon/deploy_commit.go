@@ -13,14 +13,15 @@ import (
 // makes it live, as a push of it would: the same lane, steps and output. With
 // a src.Ref that branch moves from src.Old to src.Commit once the release is
 // switched to, and if it cannot, the release is taken back. Without one (an
-// upload, a rebuild) nothing moves. Whoever calls has asked auth. When ctx
+// upload, a rebuild) nothing moves. Whoever calls has asked auth, and
+// notWanted where nobody asked for this very deploy. The release of a locked app
+// is held, not live: ReleaseStatus says so. When ctx
 // ends before the switch, the deploy is cancelled.
 func (d *Daemon) deployCommit(ctx context.Context, src m3o.Source, w io.Writer) (m3o.Release, error) {
-	dep, err := pushes{d}.Deploy(ctx, src, w)
+	live, err := d.deploy(ctx, src, w)
 	if err != nil {
 		return m3o.Release{}, err
 	}
-	live := dep.(*deployment) // what Deploy returns
 	// Switched: from here on it is finished or taken back, whoever went away.
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Minute)
 	defer cancel()

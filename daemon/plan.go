@@ -25,6 +25,9 @@ func (d *Daemon) plan(ctx context.Context, tree *source.Tree) (*buildpacks.Plan,
 	if err != nil {
 		return nil, err
 	}
+	if _, err := declaredSchedules(files); err != nil {
+		return nil, err // before it is built
+	}
 	plan, err := planBy(ctx, tree, files)
 	if err != nil {
 		return nil, err

@@ -58,12 +58,18 @@ func (d *Daemon) resume(ctx context.Context, dep release.Deploy) error {
 			}
 		}
 	}
-	if _, err := d.ledger.Advance(ctx, dep.ID, event, func(p *release.Deploy) {
+	dep, err := d.ledger.Advance(ctx, dep.ID, event, func(p *release.Deploy) {
 		if event == release.Fail {
 			p.Error = errStopped.Msg
 		}
-	}); err != nil {
+	})
+	if err != nil {
 		return err
+	}
+	if event == release.Fail {
+		d.deployHappened(ctx, deployFailed, dep, m3o.Release{})
+	} else if rel, err := d.ledger.Release(ctx, dep.App, dep.Release); err == nil {
+		d.deployHappened(ctx, d.liveKind(ctx, dep), dep, rel)
 	}
 	d.log.Info("deploy found unfinished", "app", dep.App, "release", dep.Release, "outcome", string(event))
 	return nil
@@ -101,6 +107,9 @@ func (d *Daemon) startLive(ctx context.Context) error {
 		}
 		if kept, err := d.ledger.Kept(ctx, app.Name); err == nil && len(kept) > 1 {
 			d.guardTrial(rel, kept[1].Version)
+		}
+		if err := d.schedules.follow(ctx, rel); err != nil {
+			d.log.Error("follow the release's schedules", "app", app.Name, "err", err)
 		}
 		d.tellKept(ctx, app.Name)
 	}

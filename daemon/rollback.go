@@ -78,14 +78,18 @@ func (d *Daemon) configure(ctx context.Context, app, user string, revision int, 
 	return d.redeploy(ctx, rel)
 }
 
-// redeploy makes a new release like rel, which needs no build, live. The
-// caller holds the app's release lock.
+// redeploy makes a new release like rel, which needs no build, live. The caller holds the app's release lock.
 func (d *Daemon) redeploy(ctx context.Context, rel m3o.Release) (m3o.Release, error) {
+	return d.republish(ctx, rel, 0)
+}
+
+// republish is redeploy that makes the held version live, 0 for none.
+func (d *Daemon) republish(ctx context.Context, rel m3o.Release, held int) (m3o.Release, error) {
 	// Once begun it ends by itself: a client that hangs up leaves no half-done switch.
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Minute)
 	defer cancel()
 	rel.Breaking = nil // that was a step of its push
-	dep, err := d.begin(ctx, release.Deploy{App: rel.App, Reason: rel.Reason, User: rel.User})
+	dep, err := d.begin(ctx, release.Deploy{App: rel.App, Reason: rel.Reason, User: rel.User, Publish: held})
 	if err != nil {
 		return rel, err
 	}

@@ -15,6 +15,7 @@ import (
 	"github.com/m3o/m3o"
 	"github.com/m3o/m3o/gateway"
 	"github.com/m3o/m3o/gitserver"
+	"github.com/m3o/m3o/release"
 	"github.com/m3o/m3o/runtime"
 )
 
@@ -67,22 +68,25 @@ func (d *Daemon) scheduledRebuild(ctx context.Context, rec schedule, out io.Writ
 
 // deployed words what came of a deploy that went well.
 func (d *Daemon) deployed(ctx context.Context, rel m3o.Release) string {
+	if s, err := d.ledger.ReleaseStatus(ctx, rel.App, rel.Version); err == nil && s == release.ReleaseHeld {
+		return rel.Name() + " was built and is held back: the app is locked"
+	}
 	return rel.Name() + " is live"
 }
 
-// scheduledCommand runs a command in the live release. Its output is kept with
-// the run.
+// scheduledCommand runs a command in the live release. Its output is in the
+// app's log, and the end of it is kept with the run.
 func (d *Daemon) scheduledCommand(ctx context.Context, rec schedule, out io.Writer) (detail string, err error) {
-	rel, err := d.ledger.Live(ctx, rec.App)
+	w, err := d.oneOff(ctx, rec.App, "", rec.Args, map[string]string{"M3O_SCHEDULE": rec.Name})
 	if err != nil {
 		return "", err
 	}
-	w, err := d.workload(ctx, rel, "run")
+	done, err := d.runs.begin(rec.App, w.Image, len(d.detached(rec.App)))
 	if err != nil {
 		return "", err
 	}
-	w.Args, w.Port, w.Health = rec.Args, 0, m3o.Health{}
-	w.Env = append(w.Env, "M3O_SCHEDULE="+rec.Name)
+	defer done()
+	out = &tee{pusher: out, log: d.logs.lines(rec.App, sourceApp)}
 	ctx, cancel := context.WithTimeoutCause(ctx, runLimit, &m3o.Error{Kind: m3o.Invalid, Msg: fmt.Sprintf("it ran longer than %s and was stopped", runLimit)})
 	defer cancel()
 	code, err := d.driver.Run(ctx, w, runtime.Cmd{Args: rec.Args, Out: out, Err: out})

@@ -379,3 +379,28 @@ func Move(ctx context.Context, repo, ref, old, commit string) error {
 	}
 	return nil
 }
+
+// Changed lists the files that differ between src.Old and src.Commit, by their
+// slash paths; a renamed one is there under both names.
+func Changed(ctx context.Context, src m3o.Source) ([]string, error) {
+	var env []string
+	if src.Quarantine != "" {
+		env = append(env, "GIT_OBJECT_DIRECTORY="+src.Quarantine, "GIT_ALTERNATE_OBJECT_DIRECTORIES="+src.Repo+"/objects")
+	}
+	out, err := runGit(ctx, src.Repo, env, "", "diff-tree", "-r", "-z", "--name-only", "--no-renames", "--no-ext-diff", src.Old, src.Commit, "--")
+	if err != nil {
+		return nil, err
+	}
+	return strings.Split(strings.TrimSuffix(out, "\x00"), "\x00"), nil
+}
+
+// CheckBranch says what is wrong with the name of a branch, as git would.
+func CheckBranch(name string) error {
+	if name == "" {
+		return &m3o.Error{Kind: m3o.Invalid, Msg: "the name of the branch is empty", Hint: "it is main, for example"}
+	}
+	if err := checkRefName("refs/heads/" + name); err != nil {
+		return &m3o.Error{Kind: m3o.Invalid, Msg: strings.Replace(err.Error(), "refs/heads/", "", 1), Hint: "see git help check-ref-format", Err: err}
+	}
+	return nil
+}

@@ -48,6 +48,7 @@ func Open(ctx context.Context, src m3o.Source, c *Cache) (*Tree, error) {
 	t := &Tree{commit: commit{
 		hash:    src.Commit,
 		subject: subject(co.Message),
+		message: co.Message[:min(len(co.Message), maxMessage)],
 		author:  fmt.Sprintf("%s <%s>", co.Author.Name, co.Author.Email),
 		when:    co.Committer.When,
 	}}
@@ -77,6 +78,9 @@ func Open(ctx context.Context, src m3o.Source, c *Cache) (*Tree, error) {
 	t.blobs = newCatFile(src)
 	return t, nil
 }
+
+// maxMessage is what is kept of a commit's message.
+const maxMessage = 64 << 10
 
 func subject(msg string) string {
 	s, _, _ := strings.Cut(strings.TrimSpace(msg), "\n")

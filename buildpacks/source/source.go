@@ -44,8 +44,8 @@ var (
 )
 
 type commit struct {
-	hash, subject, author string
-	when                  time.Time
+	hash, subject, message, author string
+	when                           time.Time
 }
 
 // An entry is one name in a directory. It is immutable: listings are shared
@@ -72,6 +72,9 @@ func (t *Tree) Commit() string { return t.commit.hash }
 
 // Subject is the first line of the commit's message, "" for a directory.
 func (t *Tree) Subject() string { return t.commit.subject }
+
+// Message is the commit's whole message, of a very long one the beginning.
+func (t *Tree) Message() string { return t.commit.message }
 
 // Author is who wrote the commit, as "Name <address>", "" for a directory.
 func (t *Tree) Author() string { return t.commit.author }

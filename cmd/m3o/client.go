@@ -162,6 +162,8 @@ type client struct {
 	access    m3ov1connect.AccessClient
 	requests  m3ov1connect.RequestsClient
 	canary    m3ov1connect.CanaryClient
+	control   m3ov1connect.ControlClient
+	notify    m3ov1connect.NotificationsClient
 }
 
 // connect is a client of the server that the environment or login names.
@@ -231,6 +233,8 @@ func clientWith(t target, conf *tls.Config) *client {
 		access:    m3ov1connect.NewAccessClient(h, base, opts...),
 		requests:  m3ov1connect.NewRequestsClient(h, base, opts...),
 		canary:    m3ov1connect.NewCanaryClient(h, base, opts...),
+		control:   m3ov1connect.NewControlClient(h, base, opts...),
+		notify:    m3ov1connect.NewNotificationsClient(h, base, opts...),
 	}
 }
 
@@ -276,7 +280,8 @@ func (c caller) WrapUnary(next connect.UnaryFunc) connect.UnaryFunc {
 			m3ov1connect.CanarySetProcedure, m3ov1connect.CanaryPromoteProcedure,
 			m3ov1connect.ScaleSetProcedure, m3ov1connect.ScaleRestartProcedure, m3ov1connect.ScaleStartProcedure,
 			m3ov1connect.ScaleStopProcedure, m3ov1connect.ScaleAutoscaleProcedure, m3ov1connect.ScaleSleepProcedure,
-			m3ov1connect.VolumesMountProcedure, m3ov1connect.VolumesUnmountProcedure:
+			m3ov1connect.VolumesMountProcedure, m3ov1connect.VolumesUnmountProcedure,
+			m3ov1connect.ControlPublishProcedure:
 			limit = deployTime
 		}
 		ctx, cancel := context.WithTimeout(ctx, limit)

@@ -26,7 +26,7 @@ type command struct {
 	hidden  bool   // not in the overview
 	rest    bool   // from the first argument on all is another program's, flags too
 	// completes says what an argument is: "app", "server", "key", "var",
-	// "release", "build", "schedule", "command", "shell", "file" or "".
+	// "release", "build", "schedule", "notifier", "command", "shell", "file" or "".
 	completes string
 	run       func(ctx context.Context, c *call) error
 }

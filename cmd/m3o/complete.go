@@ -216,6 +216,14 @@ func (c *call) values(ctx context.Context, kind string) []candidate {
 		for _, b := range res.GetBuilds() {
 			out = append(out, candidate{fmt.Sprint(b.GetNumber()), b.GetStatus() + " " + b.GetMessage()})
 		}
+	case "notifier":
+		res, err := ask(ctx, cl.notify.List, &m3ov1.ListNotifiersRequest{App: app})
+		if err != nil {
+			return nil
+		}
+		for _, n := range res.GetNotifiers() {
+			out = append(out, candidate{n.GetId(), n.GetFormat() + " " + n.GetUrl()})
+		}
 	case "schedule":
 		res, err := ask(ctx, cl.schedules.List, &m3ov1.ListSchedulesRequest{App: app})
 		if err != nil {
