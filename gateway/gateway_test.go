@@ -468,8 +468,8 @@ func TestServerStream(t *testing.T) {
 	for _, tc := range []struct{ body, accept, ct, want string }{
 		{`{"count":2}`, "", "application/x-ndjson", "{\"result\":{\"count\":2}}\n{\"result\":{\"count\":2}}\n"},
 		{`{"count":0}`, "", "application/x-ndjson", ""},
-		{`{"count":1,"name":"gone"}`, "", "application/x-ndjson", "{\"result\":{\"name\":\"gone\",\"count\":1}}\n{\"error\":{\"id\":\"m3o\",\"code\":404,\"detail\":\"gone\",\"status\":\"Not Found\"}}\n"},
-		{`{"count":1,"name":"gone"}`, "text/event-stream", "text/event-stream", "data: {\"name\":\"gone\",\"count\":1}\n\nevent: error\ndata: {\"id\":\"m3o\",\"code\":404,\"detail\":\"gone\",\"status\":\"Not Found\"}\n\n"},
+		{`{"name":"gone","count":1}`, "", "application/x-ndjson", "{\"result\":{\"name\":\"gone\",\"count\":1}}\n{\"error\":{\"id\":\"m3o\",\"code\":404,\"detail\":\"gone\",\"status\":\"Not Found\"}}\n"},
+		{`{"name":"gone","count":1}`, "text/event-stream", "text/event-stream", "data: {\"name\":\"gone\",\"count\":1}\n\nevent: error\ndata: {\"id\":\"m3o\",\"code\":404,\"detail\":\"gone\",\"status\":\"Not Found\"}\n\n"},
 	} {
 		res, body := request{path: "/api/helloworld/stream", body: tc.body, header: asJSON("Accept", tc.accept)}.do(t, base)
 		if got := strings.ReplaceAll(body, ", ", ","); res.StatusCode != 200 || res.Header.Get("Content-Type") != tc.ct || strings.ReplaceAll(got, `": `, `":`) != tc.want {

@@ -163,7 +163,7 @@ func (rt *Router) newHost(row Host) *host {
 		own := row
 		own.Release, own.Endpoints, own.Protocol, own.Descriptors, own.Canary = c.Release, c.Endpoints, c.Protocol, c.Descriptors, nil
 		h.canary = &host{Host: own, app: h.app, grpc: c.Protocol == GRPC, h2: c.Protocol == GRPC || c.Protocol == H2C, policy: h.policy,
-			api: &m3o.API{App: row.App, Release: c.Release, Schema: c.Descriptors}, pool: rt.pool(releaseID{row.App, c.Release}, c.Endpoints)}
+			api: &m3o.API{App: row.App, Release: c.Release, Schema: c.Descriptors, Origins: row.Origins, Strict: row.StrictJSON}, pool: rt.pool(releaseID{row.App, c.Release}, c.Endpoints)}
 	}
 	return h
 }
