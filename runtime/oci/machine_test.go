@@ -32,6 +32,7 @@ func (r rig) reboot(t *testing.T) {
 			var pid int
 			if _, err := fmt.Sscanf(p, "process %d ", &pid); err == nil {
 				_ = unix.Kill(pid, unix.SIGKILL)
+				_, _ = unix.Wait4(pid, nil, unix.WNOHANG, nil) // a shim is a child of this test
 			}
 		}
 		<-time.After(5 * time.Millisecond)
