@@ -141,12 +141,16 @@ func newCrashes() *crashes {
 	return &crashes{phase: map[string]m3o.Phase{}, down: map[string]m3o.Instance{}, ready: map[string]time.Time{}}
 }
 
-// see takes in a change of an instance of a live release and reports whether
-// it is a crash to tell of.
-func (c *crashes) see(in m3o.Instance, now time.Time) bool {
+// see takes in a change of an instance and reports whether it is a crash to
+// tell of. Instances are followed from before their release is live, so that
+// it is known how they were when it became so.
+func (c *crashes) see(in m3o.Instance, live bool, now time.Time) bool {
 	old, known := c.phase[in.ID]
 	c.phase[in.ID] = in.Phase
 	switch {
+	case !live && in.Phase == m3o.Exited:
+		delete(c.phase, in.ID) // of a deploy, which tells itself
+	case !live:
 	case in.Phase == m3o.Exited && old == m3o.Draining:
 		delete(c.phase, in.ID) // it was told to go
 	case in.Phase == m3o.Exited && known && old != m3o.Exited:
@@ -221,14 +225,13 @@ func (d *Daemon) watchCrashes(ctx context.Context) error {
 				continue
 			}
 			live, err := d.ledger.Live(ctx, in.App)
-			if err != nil || live.Version != in.Release || live.Processes[in.Process].Command == nil {
-				continue // of a deploy, which tells itself, or of a one-off command
-			}
-			if releases[in.App] != live.Version {
+			_, serves := live.Processes[in.Process] // a one-off command is of no process type
+			serves = serves && err == nil && live.Version == in.Release
+			if serves && releases[in.App] != live.Version {
 				c.gone(in.App)
 				releases[in.App] = live.Version
 			}
-			if c.see(in, time.Now()) {
+			if c.see(in, serves, time.Now()) {
 				d.log.Info("app crashed", "app", in.App, "release", in.Release, "instance", in.ID, "err", fmt.Errorf("exit %d", in.Exit))
 				d.happened(ctx, appCrashed, appEvent{App: in.App, Release: live.Name(), Commit: live.Commit, Message: live.Message,
 					Process: in.Process, Instance: in.ID, Exit: in.Exit, OOM: in.OOM})

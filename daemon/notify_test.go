@@ -156,7 +156,16 @@ func TestDeliveryIsTriedAgainForAWhile(t *testing.T) {
 func TestCrashIsToldOnceUntilTheAppIsWell(t *testing.T) {
 	c, at := newCrashes(), time.Date(2026, 5, 4, 12, 0, 0, 0, time.UTC)
 	told := func(phase m3o.Phase, after time.Duration) bool {
-		return c.see(m3o.Instance{App: "hello", Process: "web", ID: "i1", Phase: phase, Exit: 2}, at.Add(after))
+		return c.see(m3o.Instance{App: "hello", Process: "web", ID: "i1", Phase: phase, Exit: 2}, true, at.Add(after))
+	}
+	// It gets ready before its release is live, and that is all there is until it crashes.
+	if c.see(m3o.Instance{App: "new", Process: "web", ID: "i2", Phase: m3o.Ready}, false, at) ||
+		!c.see(m3o.Instance{App: "new", Process: "web", ID: "i2", Phase: m3o.Exited, Exit: 2}, true, at) {
+		t.Fatal("the crash of an instance that was ready before its release was live is not told")
+	}
+	if c.see(m3o.Instance{App: "new", Process: "web", ID: "i3", Phase: m3o.Starting}, false, at) ||
+		c.see(m3o.Instance{App: "new", Process: "web", ID: "i3", Phase: m3o.Exited, Exit: 2}, false, at) {
+		t.Fatal("an instance of a deploy that fails is told as a crash")
 	}
 	if told(m3o.Ready, 0) || !told(m3o.Exited, time.Second) {
 		t.Fatal("the first crash is not told")
