@@ -32,6 +32,9 @@ type Lock struct {
 	User   string
 	Reason string
 	At     time.Time // UTC; zero: not locked
+	// Parent is the app this one is a preview of, "" for an app of its own. Who
+	// has a role in the parent has it here.
+	Parent string
 }
 
 // DeployBranch is the branch whose pushes deploy the app.
@@ -51,6 +54,7 @@ type Source struct {
 	Ref        string   // full ref name that the deploy moves, refs/heads/main; "" for none
 	Old        string   // commit the ref had before, "" for a new ref
 	Commit     string   // 40 hex digits
+	Tree       string   // the tree to build in place of the commit's own, "" for that
 	User       string   // who caused it
 	Via        string   // "git push", "rollback", "webhook" …
 	Options    []string // git push options, as sent

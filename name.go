@@ -2,6 +2,7 @@ package m3o
 
 import (
 	"fmt"
+	"hash/fnv"
 	"log/slog"
 	"slices"
 	"strings"
@@ -39,6 +40,60 @@ func CheckAppName(name string) error {
 		}
 	}
 	return nil
+}
+
+// maxName is what a label of a host name can hold.
+const maxName = 63
+
+// CheckName reports why nothing that runs can be called name: neither an app
+// (CheckAppName) nor a preview of one, such as pr-7--hello, whose names only
+// the platform makes (PreviewName).
+func CheckName(name string) error {
+	label, app, ok := strings.Cut(name, "--")
+	if !ok {
+		return CheckAppName(name)
+	}
+	if err := CheckAppName(app); err != nil {
+		return err
+	}
+	if len(name) > maxName || label == "" || label[0] == '-' || strings.Trim(label, "abcdefghijklmnopqrstuvwxyz0123456789-") != "" {
+		return &Error{Kind: Invalid, Msg: fmt.Sprintf("%q is no name of a preview", name), Hint: "m3o previews lists them"}
+	}
+	return nil
+}
+
+// ParentOf is the app that name is a preview of, or name itself where it is
+// no preview's.
+func ParentOf(name string) string {
+	if _, app, ok := strings.Cut(name, "--"); ok {
+		return app
+	}
+	return name
+}
+
+// PreviewName is the name of the preview of app for a pull request ("pr-7") or
+// a branch: a host name label at most 63 long, different for different labels.
+func PreviewName(label, app string) string {
+	var b strings.Builder
+	for _, c := range strings.ToLower(label) {
+		if (c < 'a' || c > 'z') && (c < '0' || c > '9') {
+			c = '-'
+		}
+		if c == '-' && (b.Len() == 0 || strings.HasSuffix(b.String(), "-")) {
+			continue
+		}
+		b.WriteRune(c)
+	}
+	clean := strings.TrimSuffix(b.String(), "-")
+	room := maxName - len("--") - len(app)
+	if clean != label || len(clean) > room {
+		// Not what was asked for: a hash tells it from another that looks the same.
+		h := fnv.New32a()
+		_, _ = h.Write([]byte(label))
+		hash := fmt.Sprintf("%08x", h.Sum32())
+		clean = strings.Trim(clean[:min(len(clean), room-len(hash)-1)]+"-"+hash, "-")
+	}
+	return clean + "--" + app
 }
 
 // A Secret is text that must not reach a log, an error or a terminal: it

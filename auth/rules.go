@@ -142,7 +142,8 @@ func (a *Auth) decide(who Who, v Verb, what string) error {
 	case p.role == "":
 		return denied
 	}
-	r, _, ok := a.rules.get(ruleKey(what, who.User))
+	// Who has a role in an app has it in the app's previews.
+	r, _, ok := a.rules.get(ruleKey(m3o.ParentOf(what), who.User))
 	if !ok {
 		// Word for word what the ledger says of an app that is not there.
 		return &m3o.Error{Kind: m3o.NotFound, Msg: "no app called " + what, Hint: "m3o apps"}

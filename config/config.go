@@ -147,7 +147,7 @@ func (c *Config) Current(ctx context.Context, app string) (Revision, error) {
 }
 
 func (c *Config) current(ctx context.Context, app string) (record, store.Rev, error) {
-	if err := m3o.CheckAppName(app); err != nil {
+	if err := m3o.CheckName(app); err != nil {
 		return record{}, 0, err
 	}
 	h, rev, err := c.heads.Get(ctx, app)
@@ -171,7 +171,7 @@ func (c *Config) At(ctx context.Context, app string, n int) (Revision, error) {
 }
 
 func (c *Config) at(ctx context.Context, app string, n int) (record, error) {
-	if err := m3o.CheckAppName(app); err != nil {
+	if err := m3o.CheckName(app); err != nil {
 		return record{}, err
 	}
 	if n == 0 {

@@ -131,7 +131,7 @@ var errRemoved = m3o.Errorf(m3o.NotFound, "the app was deleted while you pushed"
 // Remove deletes the repository of app. Pushes that are running are cancelled
 // and waited for. It is no error if there is none.
 func (s *Server) Remove(ctx context.Context, app string) error {
-	if err := m3o.CheckAppName(app); err != nil {
+	if err := m3o.CheckName(app); err != nil {
 		return err
 	}
 	s.mu.Lock()
@@ -167,7 +167,7 @@ func (s *Server) Remove(ctx context.Context, app string) error {
 // which is m3o.Unavailable: call it again later. The caller holds whatever
 // keeps others from reading the repository, since packs are replaced.
 func (s *Server) Maintain(ctx context.Context, app string) error {
-	if err := m3o.CheckAppName(app); err != nil {
+	if err := m3o.CheckName(app); err != nil {
 		return err
 	}
 	gctx, cancel := context.WithCancel(ctx)

@@ -97,7 +97,7 @@ func (l *Ledger) derived(ctx context.Context, app string) (*derived, error) {
 	if x != nil {
 		return x, nil
 	}
-	if m3o.CheckAppName(app) != nil {
+	if m3o.CheckName(app) != nil {
 		return newDerived(), nil
 	}
 	found, err := l.recompute(ctx, app)

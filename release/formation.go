@@ -103,7 +103,7 @@ func (l *Ledger) Formation(ctx context.Context, app string) (Formation, error) {
 }
 
 func (l *Ledger) formation(ctx context.Context, app string) (Formation, store.Rev, error) {
-	if m3o.CheckAppName(app) != nil {
+	if m3o.CheckName(app) != nil {
 		return Formation{}, 0, noApp(app, nil)
 	}
 	f, rev, err := l.formations.Get(ctx, app)

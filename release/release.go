@@ -87,9 +87,14 @@ func noApp(name string, err error) error {
 }
 
 // CreateApp adds an app. Conflict when the name is taken, Invalid when
-// m3o.CheckAppName refuses it. Created is now unless it is set.
+// m3o.CheckAppName refuses it; one with a Parent is named by m3o.PreviewName.
+// Created is now unless it is set.
 func (l *Ledger) CreateApp(ctx context.Context, app m3o.App) (m3o.App, error) {
-	if err := m3o.CheckAppName(app.Name); err != nil {
+	check := m3o.CheckAppName
+	if app.Parent != "" {
+		check = m3o.CheckName
+	}
+	if err := check(app.Name); err != nil {
 		return m3o.App{}, err
 	}
 	if app.Created.IsZero() {
@@ -111,7 +116,7 @@ func (l *Ledger) CreateApp(ctx context.Context, app m3o.App) (m3o.App, error) {
 
 // App is the app called name, or NotFound.
 func (l *Ledger) App(ctx context.Context, name string) (m3o.App, error) {
-	if m3o.CheckAppName(name) != nil {
+	if m3o.CheckName(name) != nil {
 		return m3o.App{}, noApp(name, nil) // nor can there be one
 	}
 	app, _, err := l.apps.Get(ctx, name)
@@ -300,7 +305,7 @@ func (l *Ledger) Releases(ctx context.Context, app string, limit int) ([]m3o.Rel
 }
 
 func get[T any](ctx context.Context, b *store.Bucket[T], app string, n int) (T, store.Rev, error) {
-	if m3o.CheckAppName(app) != nil || n < 1 {
+	if m3o.CheckName(app) != nil || n < 1 {
 		var zero T
 		return zero, 0, m3o.Errorf(m3o.NotFound, "no number %d of %s", n, app)
 	}
@@ -371,7 +376,7 @@ func deployID(app string, n int) string { return fmt.Sprintf("%s.%d", app, n) }
 
 func parseDeployID(id string) (app string, n int, ok bool) {
 	app, num, ok := strings.Cut(id, ".")
-	if !ok || m3o.CheckAppName(app) != nil {
+	if !ok || m3o.CheckName(app) != nil {
 		return "", 0, false
 	}
 	if _, err := fmt.Sscanf(num, "%d", &n); err != nil || deployID(app, n) != id || n < 1 {

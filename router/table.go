@@ -272,5 +272,5 @@ func checkApp(name string) error {
 	if i := strings.LastIndex(name, "--"); i > 0 && validHost(name) {
 		name = name[i+2:]
 	}
-	return m3o.CheckAppName(name)
+	return m3o.CheckName(name)
 }

@@ -52,7 +52,11 @@ func Open(ctx context.Context, src m3o.Source, c *Cache) (*Tree, error) {
 		author:  fmt.Sprintf("%s <%s>", co.Author.Name, co.Author.Email),
 		when:    co.Committer.When,
 	}}
-	hashes := map[string]plumbing.Hash{".": co.TreeHash}
+	root := co.TreeHash
+	if src.Tree != "" {
+		root = plumbing.NewHash(src.Tree)
+	}
+	hashes := map[string]plumbing.Hash{".": root}
 	t.dirs, err = walk(ctx, func(p string, _ int) ([]entry, error) {
 		l, ok := c.get(hashes[p])
 		if !ok {
