@@ -25,6 +25,10 @@ type App struct {
 	Paths []string
 	// Lock, while its At is set, keeps what is built from being published.
 	Lock Lock
+
+	// Parent is the app this one is a preview of, "" for an app of its own. Who
+	// has a role in the parent has it here.
+	Parent string
 }
 
 // A Lock says who stopped publishing, when and why.
@@ -32,9 +36,6 @@ type Lock struct {
 	User   string
 	Reason string
 	At     time.Time // UTC; zero: not locked
-	// Parent is the app this one is a preview of, "" for an app of its own. Who
-	// has a role in the parent has it here.
-	Parent string
 }
 
 // DeployBranch is the branch whose pushes deploy the app.

@@ -57,6 +57,9 @@ const (
 	ConfigWrite    Verb = "config.write"    // app
 	DomainsWrite   Verb = "domains.write"   // app
 	LogsRead       Verb = "logs.read"       // app
+	RepoRead       Verb = "repo.read"       // app
+	RepoConnect    Verb = "repo.connect"    // app: tie it to a repository elsewhere, or not any more
+	RepoDeploy     Verb = "repo.deploy"     // app: work on a delivery again, approve a fork's preview, remove one
 	AccessRead     Verb = "access.read"     // app: who has which role
 	AccessWrite    Verb = "access.write"    // app
 	KeysRead       Verb = "keys.read"       // user
@@ -93,6 +96,9 @@ var policies = map[Verb]policy{
 	ConfigWrite:    {role: Deployer, changes: true},
 	DomainsWrite:   {role: Deployer, changes: true},
 	LogsRead:       {role: Viewer},
+	RepoRead:       {role: Viewer},
+	RepoConnect:    {role: Owner, changes: true},
+	RepoDeploy:     {role: Deployer, changes: true},
 	AccessRead:     {role: Viewer},
 	AccessWrite:    {role: Owner, changes: true},
 	KeysRead:       {self: true},

@@ -27,39 +27,48 @@ var open = map[string]bool{
 // in neither table is refused, so a new one cannot be open by oversight. The
 // verb "" means: any signed-in user, who is shown only their own things.
 var permissions = map[string]auth.Verb{
-	m3ov1connect.AuthWhoamiProcedure:        "",
-	m3ov1connect.AuthLogoutProcedure:        "",
-	m3ov1connect.KeysAddProcedure:           auth.KeysWrite,
-	m3ov1connect.KeysListProcedure:          auth.KeysRead,
-	m3ov1connect.KeysRemoveProcedure:        "", // keys.go asks: what it is about is the key's owner
-	m3ov1connect.KeysCreateUserProcedure:    auth.UsersWrite,
-	m3ov1connect.AppsCreateProcedure:        auth.AppsCreate,
-	m3ov1connect.AppsListProcedure:          "",
-	m3ov1connect.AppsGetProcedure:           auth.AppsRead,
-	m3ov1connect.AppsDestroyProcedure:       auth.AppsDestroy,
-	m3ov1connect.ReleasesListProcedure:      auth.AppsRead,
-	m3ov1connect.ReleasesRollbackProcedure:  auth.Rollback,
-	m3ov1connect.BuildsListProcedure:        auth.AppsRead,
-	m3ov1connect.BuildsOutputProcedure:      auth.LogsRead,
-	m3ov1connect.ConfigListProcedure:        auth.ConfigRead,
-	m3ov1connect.ConfigSetProcedure:         auth.ConfigWrite,
-	m3ov1connect.ConfigUnsetProcedure:       auth.ConfigWrite,
-	m3ov1connect.ProcessesListProcedure:     auth.AppsRead,
-	m3ov1connect.ProcessesLogsProcedure:     auth.LogsRead,
-	m3ov1connect.AccessGetProcedure:         auth.AccessRead,
-	m3ov1connect.AccessSetPrivateProcedure:  auth.AccessWrite,
-	m3ov1connect.AccessSetRuleProcedure:     auth.AccessWrite,
-	m3ov1connect.AccessRemoveRuleProcedure:  auth.AccessWrite,
-	m3ov1connect.AccessSetLimitProcedure:    auth.AccessWrite,
-	m3ov1connect.AccessRemoveLimitProcedure: auth.AccessWrite,
-	m3ov1connect.AccessCreateKeyProcedure:   auth.AccessWrite,
-	m3ov1connect.AccessRevokeKeyProcedure:   auth.AccessWrite,
-	m3ov1connect.RequestsSummaryProcedure:   auth.LogsRead,
-	m3ov1connect.RequestsFollowProcedure:    auth.LogsRead,
-	m3ov1connect.CanarySetProcedure:         auth.Rollback,
-	m3ov1connect.CanaryGetProcedure:         auth.AppsRead,
-	m3ov1connect.CanaryPromoteProcedure:     auth.Rollback,
-	m3ov1connect.CanaryAbortProcedure:       auth.Rollback,
+	m3ov1connect.AuthWhoamiProcedure:          "",
+	m3ov1connect.AuthLogoutProcedure:          "",
+	m3ov1connect.KeysAddProcedure:             auth.KeysWrite,
+	m3ov1connect.KeysListProcedure:            auth.KeysRead,
+	m3ov1connect.KeysRemoveProcedure:          "", // keys.go asks: what it is about is the key's owner
+	m3ov1connect.KeysCreateUserProcedure:      auth.UsersWrite,
+	m3ov1connect.AppsCreateProcedure:          auth.AppsCreate,
+	m3ov1connect.AppsListProcedure:            "",
+	m3ov1connect.AppsGetProcedure:             auth.AppsRead,
+	m3ov1connect.AppsDestroyProcedure:         auth.AppsDestroy,
+	m3ov1connect.ReleasesListProcedure:        auth.AppsRead,
+	m3ov1connect.ReleasesRollbackProcedure:    auth.Rollback,
+	m3ov1connect.BuildsListProcedure:          auth.AppsRead,
+	m3ov1connect.BuildsOutputProcedure:        auth.LogsRead,
+	m3ov1connect.ConfigListProcedure:          auth.ConfigRead,
+	m3ov1connect.ConfigSetProcedure:           auth.ConfigWrite,
+	m3ov1connect.ConfigUnsetProcedure:         auth.ConfigWrite,
+	m3ov1connect.ProcessesListProcedure:       auth.AppsRead,
+	m3ov1connect.ProcessesLogsProcedure:       auth.LogsRead,
+	m3ov1connect.AccessGetProcedure:           auth.AccessRead,
+	m3ov1connect.AccessSetPrivateProcedure:    auth.AccessWrite,
+	m3ov1connect.AccessSetRuleProcedure:       auth.AccessWrite,
+	m3ov1connect.AccessRemoveRuleProcedure:    auth.AccessWrite,
+	m3ov1connect.AccessSetLimitProcedure:      auth.AccessWrite,
+	m3ov1connect.AccessRemoveLimitProcedure:   auth.AccessWrite,
+	m3ov1connect.AccessCreateKeyProcedure:     auth.AccessWrite,
+	m3ov1connect.AccessRevokeKeyProcedure:     auth.AccessWrite,
+	m3ov1connect.RequestsSummaryProcedure:     auth.LogsRead,
+	m3ov1connect.RequestsFollowProcedure:      auth.LogsRead,
+	m3ov1connect.CanarySetProcedure:           auth.Rollback,
+	m3ov1connect.CanaryGetProcedure:           auth.AppsRead,
+	m3ov1connect.CanaryPromoteProcedure:       auth.Rollback,
+	m3ov1connect.CanaryAbortProcedure:         auth.Rollback,
+	m3ov1connect.ReposConnectProcedure:        auth.RepoConnect,
+	m3ov1connect.ReposGetProcedure:            auth.RepoRead,
+	m3ov1connect.ReposDisconnectProcedure:     auth.RepoConnect,
+	m3ov1connect.ReposDeliveriesProcedure:     auth.RepoRead,
+	m3ov1connect.ReposReplayProcedure:         auth.RepoDeploy,
+	m3ov1connect.ReposApproveProcedure:        auth.RepoDeploy,
+	m3ov1connect.ReposPreviewsProcedure:       auth.RepoRead,
+	m3ov1connect.ReposDestroyPreviewProcedure: auth.RepoDeploy,
+	m3ov1connect.ReposRunProcedure:            "", // api_repos.go asks what a push is asked
 
 	m3ov1connect.SchedulesAddProcedure:     auth.SchedulesWrite,
 	m3ov1connect.SchedulesListProcedure:    auth.AppsRead,
@@ -156,6 +165,9 @@ func (d *Daemon) apiHandler() http.Handler {
 	mux.Handle(m3ov1connect.NewControlHandler(controlAPI{d}, opts...))
 	mux.Handle(m3ov1connect.NewNotificationsHandler(notificationsAPI{d}, opts...))
 	mux.Handle(hookPath, d.hooks)
+	mux.Handle(m3ov1connect.NewReposHandler(reposAPI{d.repos}, opts...))
+	mux.Handle("/hooks/", d.repos.recv)
+	mux.HandleFunc("GET /hooks/log/{app}/{commit}/{mac}", d.repos.serveLog)
 	mux.HandleFunc("GET /-/health", func(w http.ResponseWriter, _ *http.Request) { _, _ = w.Write([]byte("ok\n")) })
 	return mux
 }

@@ -69,6 +69,9 @@ func (d *Daemon) destroyApp(ctx context.Context, app string) error {
 	if err := errors.Join(d.schedules.removeApp(ctx, app), d.hooks.removeApp(ctx, app), d.notify.removeApp(ctx, app)); err != nil {
 		return err
 	}
+	if err := d.repos.removeApp(ctx, app); err != nil {
+		return err
+	}
 	_, turn, err := d.lanes.lane(app).enter(ctx, nil) // cancels a push that runs
 	if err != nil {
 		return err

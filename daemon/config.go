@@ -65,6 +65,7 @@ type Config struct {
 	Handover       time.Duration // how long requests may go on in a router that another version took over from
 	TrustedProxies string        // addresses or networks, by commas, that may say whom they speak for
 	ProxyProtocol  bool          // every connection begins with a PROXY head
+	ForgeCA        string        // file of certificates to believe of connected repositories, beside the system's
 }
 
 // option ties one field of Config to its flag, variable and key.
@@ -181,6 +182,7 @@ var options = []option{
 	str("name", "tells installations on one host apart, 1 to 7 of a-z and 0-9 (default m3o)", func(c *Config) *string { return &c.Name }),
 	str("bin", "directory of buildkitd, runc and m3o-shim", func(c *Config) *string { return &c.Bin }),
 	boolean("stop-apps", "stop the router and every app when the daemon stops", func(c *Config) *bool { return &c.StopApps }),
+	str("forge-ca", "certificates to believe of connected repositories, beside the system's", func(c *Config) *string { return &c.ForgeCA }),
 	dur("drain", "how long requests of an old release may go on after a switch", func(c *Config) *time.Duration { return &c.Drain }),
 	dur("handover", "how long requests may go on in the router that an upgrade replaced", func(c *Config) *time.Duration { return &c.Handover }),
 	str("trusted-proxies", "addresses or networks, by commas, of proxies before the router whose X-Forwarded-For and -Proto count", func(c *Config) *string { return &c.TrustedProxies }),

@@ -61,6 +61,7 @@ type Daemon struct {
 	lanes     lanes
 	shapes    shapes
 	usages    usages
+	repos     *repos
 
 	schedules *schedules
 	runs      runs
@@ -123,6 +124,9 @@ func New(ctx context.Context, cfg Config, version string, log *slog.Logger) (_ *
 	}
 	if d.hosting, err = openHosting(ctx, d.store); err != nil {
 		return nil, err
+	}
+	if d.repos, err = openRepos(ctx, d); err != nil {
+		return nil, fmt.Errorf("open repositories: %w", err)
 	}
 	if err := d.firstStart(ctx); err != nil {
 		return nil, err
@@ -245,6 +249,7 @@ func (d *Daemon) Run(ctx context.Context, ready func(Ready)) error {
 			return nil
 		}
 	})
+	s.Add("repositories", d.repos.run)
 	s.Add("git server", func(ctx context.Context) error {
 		// Everything below runs by now: settle what a crash left, then take pushes.
 		if err := d.recover(ctx); err != nil {
@@ -255,6 +260,7 @@ func (d *Daemon) Run(ctx context.Context, ready func(Ready)) error {
 		}
 		apps := d.settle(ctx)
 		close(settled)
+		d.repos.start()
 		go d.announce(ctx, apps, ready) // ends with ctx
 		return d.git.Run(ctx)
 	})

@@ -49,6 +49,12 @@ func (p pushes) Deploy(ctx context.Context, src m3o.Source, w io.Writer) (gitser
 func (d *Daemon) deploy(ctx context.Context, src m3o.Source, w io.Writer) (*deployment, error) {
 	began := time.Now()
 	out := output{w}
+	if slices.Contains(src.Options, "preview") {
+		var err error
+		if src, err = d.repos.pushPreview(ctx, src); err != nil {
+			return nil, err
+		}
+	}
 	ctx, turn, err := d.lanes.lane(src.App).enter(ctx, func() {
 		out.step("Waiting for the push before this one to end")
 	})
@@ -87,6 +93,11 @@ func (d *Daemon) push(ctx context.Context, turn *turn, src m3o.Source, w io.Writ
 	subject := imageSubject(src.Image)
 	if src.Image == "" {
 		var err error
+		if src.Tree == "" {
+			if src, err = d.repos.prepare(ctx, src, output{w}.step); err != nil {
+				return nil, err
+			}
+		}
 		if tree, err = source.Open(ctx, src, &d.trees); err != nil {
 			return nil, err
 		}

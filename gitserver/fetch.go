@@ -146,6 +146,9 @@ func has(ctx context.Context, repo, commit string) bool {
 	return err == nil
 }
 
+// CheckRef reports why name is no full name of a ref.
+func CheckRef(name string) error { return checkRefName(name) }
+
 // use keeps upkeep and deletion away from app's repository, as a push does.
 // The context ends when the app is removed.
 func (s *Server) use(ctx context.Context, app string) (context.Context, func(clean bool), error) {

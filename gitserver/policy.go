@@ -33,6 +33,9 @@ func (p policy) deploy(h header) (update, bool) {
 		return update{}, false
 	}
 	i := slices.IndexFunc(h.updates, func(u update) bool { return u.ref == p.deployRef() && u.new != "" })
+	if slices.Contains(h.options, optPreview) {
+		i = slices.IndexFunc(h.updates, func(u update) bool { return strings.HasPrefix(u.ref, "refs/heads/") && u.new != "" })
+	}
 	if i < 0 {
 		return update{}, false
 	}
@@ -52,10 +55,12 @@ func (p policy) check(h header) error {
 		switch o {
 		case optNoDeploy, optForceRebuild, optAllowBreaking:
 		case optPreview:
-			return m3o.Errorf(m3o.Invalid, "push option %s is not available in this version", o)
+			if slices.ContainsFunc(h.updates, func(u update) bool { return u.ref == p.deployRef() }) {
+				return &m3o.Error{Kind: m3o.Invalid, Msg: p.branch + " is the branch that deploys; a preview is of another", Hint: "git push m3o HEAD:some-branch -o preview"}
+			}
 		default:
 			return &m3o.Error{Kind: m3o.Invalid, Msg: fmt.Sprintf("there is no push option %q", o),
-				Hint: "the options are " + optNoDeploy + ", " + optForceRebuild + " and " + optAllowBreaking}
+				Hint: "the options are " + optNoDeploy + ", " + optForceRebuild + ", " + optAllowBreaking + " and " + optPreview}
 		}
 	}
 	seen := map[string]bool{}

@@ -161,8 +161,8 @@ func (f *githubForge) Deployment(ctx context.Context, id string, d Deployment) (
 	if n == 0 {
 		none := []string{} // our own status is pending: it must not be waited for
 		dep, res, err := f.c.Repositories.CreateDeployment(ctx, f.owner, f.name, &github.DeploymentRequest{Ref: &d.Commit, Environment: &d.Environment,
-			AutoMerge: github.Bool(false), RequiredContexts: &none, Description: github.String("by m3o"), TransientEnvironment: github.Bool(d.Environment != "production"),
-			ProductionEnvironment: github.Bool(d.Environment == "production")})
+			AutoMerge: github.Bool(false), RequiredContexts: &none, Description: github.String("by m3o"), TransientEnvironment: github.Bool(!d.Production),
+			ProductionEnvironment: github.Bool(d.Production)})
 		if err != nil {
 			return "", githubErr(res, err)
 		}
