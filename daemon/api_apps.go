@@ -249,7 +249,11 @@ func (a buildsAPI) Output(ctx context.Context, req *connect.Request[m3ov1.BuildO
 type configAPI struct{ d *Daemon }
 
 func (a configAPI) List(ctx context.Context, req *connect.Request[m3ov1.ListConfigRequest]) (*connect.Response[m3ov1.ListConfigResponse], error) {
-	rev, err := a.d.config.Current(ctx, req.Msg.App)
+	app := req.Msg.App
+	if req.Msg.Preview {
+		app = overlayOf(app)
+	}
+	rev, err := a.d.config.Current(ctx, app)
 	if err != nil {
 		return nil, err
 	}
@@ -271,7 +275,7 @@ func (a configAPI) Set(ctx context.Context, req *connect.Request[m3ov1.SetConfig
 		set = append(set, config.Var{Name: v.Name, Value: m3o.Secret(v.Value), Secret: v.Secret})
 		names = append(names, v.Name)
 	}
-	rev, rel, err := a.change(ctx, req.Msg.App, set, nil, setReason(names, nil), req.Msg.NoRestart)
+	rev, rel, err := a.change(ctx, req.Msg.App, req.Msg.Preview, set, nil, setReason(names, nil), req.Msg.NoRestart)
 	if err != nil {
 		return nil, err
 	}
@@ -279,14 +283,19 @@ func (a configAPI) Set(ctx context.Context, req *connect.Request[m3ov1.SetConfig
 }
 
 func (a configAPI) Unset(ctx context.Context, req *connect.Request[m3ov1.UnsetConfigRequest]) (*connect.Response[m3ov1.UnsetConfigResponse], error) {
-	rev, rel, err := a.change(ctx, req.Msg.App, nil, req.Msg.Names, setReason(nil, req.Msg.Names), req.Msg.NoRestart)
+	rev, rel, err := a.change(ctx, req.Msg.App, req.Msg.Preview, nil, req.Msg.Names, setReason(nil, req.Msg.Names), req.Msg.NoRestart)
 	if err != nil {
 		return nil, err
 	}
 	return connect.NewResponse(&m3ov1.UnsetConfigResponse{Revision: rev, Release: rel}), nil
 }
 
-func (a configAPI) change(ctx context.Context, app string, set []config.Var, unset []string, reason string, keep bool) (revision, version int32, err error) {
+// change changes an app's config, or what its previews get in place of it,
+// which their next deploy takes up.
+func (a configAPI) change(ctx context.Context, app string, preview bool, set []config.Var, unset []string, reason string, keep bool) (revision, version int32, err error) {
+	if preview {
+		app, keep = overlayOf(app), true
+	}
 	before, err := a.d.config.Current(ctx, app)
 	if err != nil {
 		return 0, 0, err

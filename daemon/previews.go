@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"strings"
 	"time"
 
@@ -147,7 +148,8 @@ func (r *repos) deployPreview(ctx context.Context, c *connection, name, repo, co
 	if err != nil {
 		return m3o.Release{}, err
 	}
-	return r.d.deployCommit(ctx, m3o.Source{App: name, Repo: repo, Ref: ref, Old: old, Commit: commit, User: c.User, Via: via}, io.Discard)
+	return r.d.deployCommit(ctx, m3o.Source{App: name, Repo: repo, Ref: ref, Old: old, Commit: commit, User: c.User, Via: via,
+		Options: []string{allowBreaking}}, io.Discard) // the comment says what the live app's callers would miss
 }
 
 // ensurePreview makes the preview's record and the app it runs as.
@@ -435,6 +437,6 @@ func (r *repos) pushPreview(ctx context.Context, src m3o.Source) (m3o.Source, er
 	if err := r.configure(ctx, src.App, p.Name, secrets, src.User); err != nil {
 		return src, err
 	}
-	src.App = p.Name
+	src.App, src.Options = p.Name, append(slices.Clone(src.Options), allowBreaking)
 	return src, nil
 }

@@ -164,6 +164,7 @@ type client struct {
 	canary    m3ov1connect.CanaryClient
 	control   m3ov1connect.ControlClient
 	notify    m3ov1connect.NotificationsClient
+	repos     m3ov1connect.ReposClient
 }
 
 // connect is a client of the server that the environment or login names.
@@ -235,6 +236,7 @@ func clientWith(t target, conf *tls.Config) *client {
 		canary:    m3ov1connect.NewCanaryClient(h, base, opts...),
 		control:   m3ov1connect.NewControlClient(h, base, opts...),
 		notify:    m3ov1connect.NewNotificationsClient(h, base, opts...),
+		repos:     m3ov1connect.NewReposClient(h, base, opts...),
 	}
 }
 
@@ -281,7 +283,8 @@ func (c caller) WrapUnary(next connect.UnaryFunc) connect.UnaryFunc {
 			m3ov1connect.ScaleSetProcedure, m3ov1connect.ScaleRestartProcedure, m3ov1connect.ScaleStartProcedure,
 			m3ov1connect.ScaleStopProcedure, m3ov1connect.ScaleAutoscaleProcedure, m3ov1connect.ScaleSleepProcedure,
 			m3ov1connect.VolumesMountProcedure, m3ov1connect.VolumesUnmountProcedure,
-			m3ov1connect.ControlPublishProcedure:
+			m3ov1connect.ControlPublishProcedure,
+			m3ov1connect.ReposConnectProcedure, m3ov1connect.ReposDisconnectProcedure, m3ov1connect.ReposDestroyPreviewProcedure:
 			limit = deployTime
 		}
 		ctx, cancel := context.WithTimeout(ctx, limit)
