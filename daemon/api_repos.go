@@ -221,20 +221,20 @@ func (a reposAPI) Disconnect(ctx context.Context, req *connect.Request[m3ov1.Dis
 	return connect.NewResponse(&m3ov1.DisconnectRepoResponse{Left: left}), nil
 }
 
-func (a reposAPI) Deliveries(ctx context.Context, req *connect.Request[m3ov1.ListDeliveriesRequest]) (*connect.Response[m3ov1.ListDeliveriesResponse], error) {
+func (a reposAPI) Deliveries(ctx context.Context, req *connect.Request[m3ov1.ListRepoDeliveriesRequest]) (*connect.Response[m3ov1.ListRepoDeliveriesResponse], error) {
 	c, err := a.r.of(ctx, req.Msg.App)
 	if err != nil {
 		return nil, err
 	}
-	res := &m3ov1.ListDeliveriesResponse{}
+	res := &m3ov1.ListRepoDeliveriesResponse{}
 	for _, d := range a.r.queue.List(c.Hook, limit(req.Msg.Limit)) {
-		res.Deliveries = append(res.Deliveries, &m3ov1.Delivery{Id: d.ID, Event: d.Event.Name, Received: stamp(d.Received), State: string(d.State), Note: d.Note,
+		res.Deliveries = append(res.Deliveries, &m3ov1.RepoDelivery{Id: d.ID, Event: d.Event.Name, Received: stamp(d.Received), State: string(d.State), Note: d.Note,
 			Tries: int32(d.Tries), Sender: d.Event.Sender})
 	}
 	return connect.NewResponse(res), nil
 }
 
-func (a reposAPI) Replay(ctx context.Context, req *connect.Request[m3ov1.ReplayDeliveryRequest]) (*connect.Response[m3ov1.ReplayDeliveryResponse], error) {
+func (a reposAPI) Replay(ctx context.Context, req *connect.Request[m3ov1.ReplayRepoDeliveryRequest]) (*connect.Response[m3ov1.ReplayRepoDeliveryResponse], error) {
 	c, err := a.r.of(ctx, req.Msg.App)
 	if err != nil {
 		return nil, err
@@ -242,7 +242,7 @@ func (a reposAPI) Replay(ctx context.Context, req *connect.Request[m3ov1.ReplayD
 	if err := a.r.queue.Replay(ctx, c.Hook, req.Msg.Id); err != nil {
 		return nil, err
 	}
-	return connect.NewResponse(&m3ov1.ReplayDeliveryResponse{}), nil
+	return connect.NewResponse(&m3ov1.ReplayRepoDeliveryResponse{}), nil
 }
 
 func (a reposAPI) Approve(ctx context.Context, req *connect.Request[m3ov1.ApprovePreviewRequest]) (*connect.Response[m3ov1.ApprovePreviewResponse], error) {

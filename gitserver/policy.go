@@ -9,8 +9,7 @@ import (
 	"github.com/m3o/m3o"
 )
 
-// Push options. The last two are part of the platform's contract and not
-// built yet, so they are refused by name rather than ignored.
+// Push options.
 const (
 	optNoDeploy      = "no-deploy"
 	optForceRebuild  = "force-rebuild"

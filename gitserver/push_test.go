@@ -216,8 +216,8 @@ func TestPushOptions(t *testing.T) {
 	s := newSite(t, siteConfig{})
 	c := s.work("hello")
 	c.commit("a", "1")
-	wants(t, c.mustNot("push", "-o", "no-depoly", "m3o", "main"), `there is no push option "no-depoly"`, "the options are no-deploy, force-rebuild and allow-breaking")
-	wants(t, c.mustNot("push", "-o", "preview", "m3o", "main"), "push option preview is not available in this version")
+	wants(t, c.mustNot("push", "-o", "no-depoly", "m3o", "main"), `there is no push option "no-depoly"`, "the options are no-deploy, force-rebuild, allow-breaking and preview")
+	wants(t, c.mustNot("push", "-o", "preview", "m3o", "main"), "main is the branch that deploys; a preview is of another", "git push m3o HEAD:some-branch -o preview")
 	wants(t, c.mustNot("push", "-o", "no-deploy\nend", "m3o", "main"), "push options must not have new line")
 	wantEvents(t, s, "")
 	wants(t, c.must("push", "-o", "no-deploy", "m3o", "main"), "-----> Pushed main without a deploy, as -o no-deploy asks")
@@ -227,6 +227,11 @@ func TestPushOptions(t *testing.T) {
 	wantEvents(t, s, "deploy true")
 	if got := s.apps.srcs[0].Options; len(got) != 1 || got[0] != "force-rebuild" {
 		t.Errorf("options = %q", got)
+	}
+	c.must("push", "-o", "preview", "m3o", "main:refs/heads/topic")
+	wantEvents(t, s, "deploy true", "deploy true")
+	if got := s.apps.srcs[1]; got.Ref != "refs/heads/topic" || len(got.Options) != 1 || got.Options[0] != "preview" {
+		t.Errorf("a preview of %s with options %q", got.Ref, got.Options)
 	}
 }
 

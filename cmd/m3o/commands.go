@@ -13,6 +13,7 @@ func commands() []*command {
 		controlCommands(),
 		scheduleCommands(),
 		notifyCommands(),
+		repoCommands(),
 		domainsCommands(),
 		psCommands(),
 		storageCommands(),
@@ -34,6 +35,7 @@ func commands() []*command {
 // basicCommands are about the session, apps, releases, config, instances, keys and users.
 func basicCommands() []*command {
 	number := flag{"number", "n", "N", "how many"}
+	preview := flag{"preview", "", "", "what previews of the app get, over its own variables"}
 	noRestart := flag{"no-restart", "", "", "keep the change for the next release"}
 	return []*command{
 		{name: "login", group: "Session", args: "[URL]", max: 1, run: runLogin, completes: "server",
@@ -106,16 +108,16 @@ prints what it did. What needs root is printed as a command to run. The CA of a 
 			flags:   []flag{{"follow", "f", "", "go on until the build ends"}}},
 
 		{name: "config", aliases: []string{"config:list"}, group: "Config", app: true, run: runConfig,
-			short: "Show the variables of an app; secret values are not shown"},
+			short: "Show the variables of an app; secret values are not shown", flags: []flag{preview}},
 		{name: "config:set", aliases: []string{"config:add"}, group: "Config", args: "NAME=VALUE…", min: 1, max: -1, app: true, run: runConfigSet, completes: "var",
 			short: "Set variables, which makes a release",
 			long: `NAME=- reads the value from stdin or, on a terminal, asks without showing it, so that it is in no list of processes and no
 history. One newline at the end is left out. With --secret the values of this command are never shown again.`,
 			example: "m3o config:set GREETING=Hello MODE=fast\nm3o config:set API_KEY=- --secret < key.txt",
-			flags:   []flag{{"secret", "s", "", "never show the values again"}, noRestart}},
+			flags:   []flag{{"secret", "s", "", "never show the values again"}, noRestart, preview}},
 		{name: "config:get", group: "Config", args: "NAME", min: 1, max: 1, app: true, run: runConfigGet, completes: "var", short: "Print the value of one variable"},
 		{name: "config:unset", aliases: []string{"config:remove", "config:del"}, group: "Config", args: "NAME…", min: 1, max: -1, app: true, run: runConfigUnset, completes: "var",
-			short: "Remove variables, which makes a release", flags: []flag{noRestart}},
+			short: "Remove variables, which makes a release", flags: []flag{noRestart, preview}},
 
 		{name: "status", group: "Running", args: "[APP]", max: 1, app: true, appArg: true, run: runStatus, completes: "app",
 			short: "The instances of an app or, where none is named, all apps"},

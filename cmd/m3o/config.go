@@ -15,7 +15,7 @@ func runConfig(ctx context.Context, c *call) error {
 	if err != nil {
 		return err
 	}
-	res, err := ask(ctx, cl.config.List, &m3ov1.ListConfigRequest{App: app})
+	res, err := ask(ctx, cl.config.List, &m3ov1.ListConfigRequest{App: app, Preview: c.has("preview")})
 	if err != nil {
 		return err
 	}
@@ -42,7 +42,7 @@ func runConfigGet(ctx context.Context, c *call) error {
 	if err != nil {
 		return err
 	}
-	res, err := ask(ctx, cl.config.List, &m3ov1.ListConfigRequest{App: app})
+	res, err := ask(ctx, cl.config.List, &m3ov1.ListConfigRequest{App: app, Preview: c.has("preview")})
 	if err != nil {
 		return err
 	}
@@ -113,8 +113,8 @@ func runConfigSet(ctx context.Context, c *call) error {
 		return err
 	}
 	// Only for the undo line: who may not read may still change.
-	before, _ := ask(ctx, cl.config.List, &m3ov1.ListConfigRequest{App: app})
-	res, err := ask(ctx, cl.config.Set, &m3ov1.SetConfigRequest{App: app, Vars: vars, NoRestart: c.has("no-restart")})
+	before, _ := ask(ctx, cl.config.List, &m3ov1.ListConfigRequest{App: app, Preview: c.has("preview")})
+	res, err := ask(ctx, cl.config.Set, &m3ov1.SetConfigRequest{App: app, Vars: vars, NoRestart: c.has("no-restart"), Preview: c.has("preview")})
 	if err != nil {
 		return err
 	}
@@ -131,8 +131,8 @@ func runConfigUnset(ctx context.Context, c *call) error {
 		return err
 	}
 	// Only for the undo line: who may not read may still change.
-	before, _ := ask(ctx, cl.config.List, &m3ov1.ListConfigRequest{App: app})
-	res, err := ask(ctx, cl.config.Unset, &m3ov1.UnsetConfigRequest{App: app, Names: c.args, NoRestart: c.has("no-restart")})
+	before, _ := ask(ctx, cl.config.List, &m3ov1.ListConfigRequest{App: app, Preview: c.has("preview")})
+	res, err := ask(ctx, cl.config.Unset, &m3ov1.UnsetConfigRequest{App: app, Names: c.args, NoRestart: c.has("no-restart"), Preview: c.has("preview")})
 	if err != nil {
 		return err
 	}

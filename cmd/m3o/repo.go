@@ -180,13 +180,13 @@ func runRepoDeliveries(ctx context.Context, c *call) error {
 		return err
 	}
 	if c.has("replay") {
-		res, err := ask(ctx, cl.repos.Replay, &m3ov1.ReplayDeliveryRequest{App: app, Id: c.value("replay")})
+		res, err := ask(ctx, cl.repos.Replay, &m3ov1.ReplayRepoDeliveryRequest{App: app, Id: c.value("replay")})
 		if err != nil {
 			return err
 		}
 		return c.result(res, func() { c.print("replaying %s\n", plain(c.value("replay"))) })
 	}
-	res, err := ask(ctx, cl.repos.Deliveries, &m3ov1.ListDeliveriesRequest{App: app, Limit: int32(limit)})
+	res, err := ask(ctx, cl.repos.Deliveries, &m3ov1.ListRepoDeliveriesRequest{App: app, Limit: int32(limit)})
 	if err != nil {
 		return err
 	}
@@ -217,7 +217,9 @@ func runRepoApprove(ctx context.Context, c *call) error {
 	if err != nil {
 		return err
 	}
-	return c.result(res, func() { c.print("approved %s at %s; it is being built\n", plain(c.args[0]), short(plain(res.GetCommit()))) })
+	return c.result(res, func() {
+		c.print("approved %s at %s; it is being built\n", plain(c.args[0]), short(plain(res.GetCommit())))
+	})
 }
 
 func runPreviews(ctx context.Context, c *call) error {
@@ -270,7 +272,7 @@ func runRemote(ctx context.Context, c *call) error {
 	if err != nil {
 		return err
 	}
-	stream, err := cl.repos.Run(ctx, connect.NewRequest(&m3ov1.RunRepoRequest{Source: c.args[0], Name: c.value("name")}))
+	stream, err := cl.repos.Run(ctx, connect.NewRequest(&m3ov1.RunRepoRequest{Source: c.args[0], Name: c.value("app")}))
 	lines := &lineWriter{system: c.system}
 	err = receive(ctx, cl, false, stream, err, func(m *m3ov1.RunRepoResponse) error {
 		if c.has("json") {

@@ -59,6 +59,8 @@ func runRun(ctx context.Context, c *call) error {
 	switch {
 	case len(c.args) == 0 && !c.has("process"):
 		return misuse("which command", "m3o run -- COMMAND, or m3o run -p TYPE")
+	case !c.dashed && !c.has("process") && remoteSource(c.args[0]):
+		return runRemote(ctx, c)
 	case !c.dashed && !c.has("process") && sourceLike.MatchString(c.args[0]):
 		return misuse(quoted(c.args[0])+" looks like a source, not like a command", "git push m3o main deploys one; m3o run -- "+quote(c.args[0])+" runs it as a command")
 	}

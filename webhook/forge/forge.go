@@ -53,7 +53,7 @@ type Deployment struct {
 	Environment string
 	Commit      string
 	Ref         string // branch, short
-	Production  bool // not a preview
+	Production  bool   // not a preview
 	State       State
 	URL         string // where the app answers
 	LogURL      string

@@ -2253,6 +2253,7 @@ func (x *Var) GetSecret() bool {
 type ListConfigRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	App           string                 `protobuf:"bytes,1,opt,name=app,proto3" json:"app,omitempty"`
+	Preview       bool                   `protobuf:"varint,10,opt,name=preview,proto3" json:"preview,omitempty"` // the overlay that previews of the app get, in place of its own
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2292,6 +2293,13 @@ func (x *ListConfigRequest) GetApp() string {
 		return x.App
 	}
 	return ""
+}
+
+func (x *ListConfigRequest) GetPreview() bool {
+	if x != nil {
+		return x.Preview
+	}
+	return false
 }
 
 type ListConfigResponse struct {
@@ -2351,6 +2359,7 @@ type SetConfigRequest struct {
 	App           string                 `protobuf:"bytes,1,opt,name=app,proto3" json:"app,omitempty"`
 	Vars          []*Var                 `protobuf:"bytes,2,rep,name=vars,proto3" json:"vars,omitempty"`
 	NoRestart     bool                   `protobuf:"varint,3,opt,name=no_restart,json=noRestart,proto3" json:"no_restart,omitempty"` // keep for the next release
+	Preview       bool                   `protobuf:"varint,10,opt,name=preview,proto3" json:"preview,omitempty"`                     // the overlay that previews of the app get, in place of its own
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2402,6 +2411,13 @@ func (x *SetConfigRequest) GetVars() []*Var {
 func (x *SetConfigRequest) GetNoRestart() bool {
 	if x != nil {
 		return x.NoRestart
+	}
+	return false
+}
+
+func (x *SetConfigRequest) GetPreview() bool {
+	if x != nil {
+		return x.Preview
 	}
 	return false
 }
@@ -2463,6 +2479,7 @@ type UnsetConfigRequest struct {
 	App           string                 `protobuf:"bytes,1,opt,name=app,proto3" json:"app,omitempty"`
 	Names         []string               `protobuf:"bytes,2,rep,name=names,proto3" json:"names,omitempty"`
 	NoRestart     bool                   `protobuf:"varint,3,opt,name=no_restart,json=noRestart,proto3" json:"no_restart,omitempty"`
+	Preview       bool                   `protobuf:"varint,10,opt,name=preview,proto3" json:"preview,omitempty"` // the overlay that previews of the app get, in place of its own
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2514,6 +2531,13 @@ func (x *UnsetConfigRequest) GetNames() []string {
 func (x *UnsetConfigRequest) GetNoRestart() bool {
 	if x != nil {
 		return x.NoRestart
+	}
+	return false
+}
+
+func (x *UnsetConfigRequest) GetPreview() bool {
+	if x != nil {
+		return x.Preview
 	}
 	return false
 }
@@ -3296,25 +3320,31 @@ const file_m3o_v1_m3o_proto_rawDesc = "" +
 	"\x03Var\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value\x12\x16\n" +
-	"\x06secret\x18\x03 \x01(\bR\x06secret\"%\n" +
+	"\x06secret\x18\x03 \x01(\bR\x06secret\"?\n" +
 	"\x11ListConfigRequest\x12\x10\n" +
-	"\x03app\x18\x01 \x01(\tR\x03app\"Q\n" +
+	"\x03app\x18\x01 \x01(\tR\x03app\x12\x18\n" +
+	"\apreview\x18\n" +
+	" \x01(\bR\apreview\"Q\n" +
 	"\x12ListConfigResponse\x12\x1f\n" +
 	"\x04vars\x18\x01 \x03(\v2\v.m3o.v1.VarR\x04vars\x12\x1a\n" +
-	"\brevision\x18\x02 \x01(\x05R\brevision\"d\n" +
+	"\brevision\x18\x02 \x01(\x05R\brevision\"~\n" +
 	"\x10SetConfigRequest\x12\x10\n" +
 	"\x03app\x18\x01 \x01(\tR\x03app\x12\x1f\n" +
 	"\x04vars\x18\x02 \x03(\v2\v.m3o.v1.VarR\x04vars\x12\x1d\n" +
 	"\n" +
-	"no_restart\x18\x03 \x01(\bR\tnoRestart\"I\n" +
+	"no_restart\x18\x03 \x01(\bR\tnoRestart\x12\x18\n" +
+	"\apreview\x18\n" +
+	" \x01(\bR\apreview\"I\n" +
 	"\x11SetConfigResponse\x12\x1a\n" +
 	"\brevision\x18\x01 \x01(\x05R\brevision\x12\x18\n" +
-	"\arelease\x18\x02 \x01(\x05R\arelease\"[\n" +
+	"\arelease\x18\x02 \x01(\x05R\arelease\"u\n" +
 	"\x12UnsetConfigRequest\x12\x10\n" +
 	"\x03app\x18\x01 \x01(\tR\x03app\x12\x14\n" +
 	"\x05names\x18\x02 \x03(\tR\x05names\x12\x1d\n" +
 	"\n" +
-	"no_restart\x18\x03 \x01(\bR\tnoRestart\"K\n" +
+	"no_restart\x18\x03 \x01(\bR\tnoRestart\x12\x18\n" +
+	"\apreview\x18\n" +
+	" \x01(\bR\apreview\"K\n" +
 	"\x13UnsetConfigResponse\x12\x1a\n" +
 	"\brevision\x18\x01 \x01(\x05R\brevision\x12\x18\n" +
 	"\arelease\x18\x02 \x01(\x05R\arelease\"\x81\x04\n" +

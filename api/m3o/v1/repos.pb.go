@@ -582,7 +582,7 @@ func (x *DisconnectRepoResponse) GetLeft() string {
 	return ""
 }
 
-type Delivery struct {
+type RepoDelivery struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
 	Event         string                 `protobuf:"bytes,2,opt,name=event,proto3" json:"event,omitempty"`
@@ -595,20 +595,20 @@ type Delivery struct {
 	sizeCache     protoimpl.SizeCache
 }
 
-func (x *Delivery) Reset() {
-	*x = Delivery{}
+func (x *RepoDelivery) Reset() {
+	*x = RepoDelivery{}
 	mi := &file_m3o_v1_repos_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
 
-func (x *Delivery) String() string {
+func (x *RepoDelivery) String() string {
 	return protoimpl.X.MessageStringOf(x)
 }
 
-func (*Delivery) ProtoMessage() {}
+func (*RepoDelivery) ProtoMessage() {}
 
-func (x *Delivery) ProtoReflect() protoreflect.Message {
+func (x *RepoDelivery) ProtoReflect() protoreflect.Message {
 	mi := &file_m3o_v1_repos_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
@@ -620,61 +620,61 @@ func (x *Delivery) ProtoReflect() protoreflect.Message {
 	return mi.MessageOf(x)
 }
 
-// Deprecated: Use Delivery.ProtoReflect.Descriptor instead.
-func (*Delivery) Descriptor() ([]byte, []int) {
+// Deprecated: Use RepoDelivery.ProtoReflect.Descriptor instead.
+func (*RepoDelivery) Descriptor() ([]byte, []int) {
 	return file_m3o_v1_repos_proto_rawDescGZIP(), []int{7}
 }
 
-func (x *Delivery) GetId() string {
+func (x *RepoDelivery) GetId() string {
 	if x != nil {
 		return x.Id
 	}
 	return ""
 }
 
-func (x *Delivery) GetEvent() string {
+func (x *RepoDelivery) GetEvent() string {
 	if x != nil {
 		return x.Event
 	}
 	return ""
 }
 
-func (x *Delivery) GetReceived() *timestamppb.Timestamp {
+func (x *RepoDelivery) GetReceived() *timestamppb.Timestamp {
 	if x != nil {
 		return x.Received
 	}
 	return nil
 }
 
-func (x *Delivery) GetState() string {
+func (x *RepoDelivery) GetState() string {
 	if x != nil {
 		return x.State
 	}
 	return ""
 }
 
-func (x *Delivery) GetNote() string {
+func (x *RepoDelivery) GetNote() string {
 	if x != nil {
 		return x.Note
 	}
 	return ""
 }
 
-func (x *Delivery) GetTries() int32 {
+func (x *RepoDelivery) GetTries() int32 {
 	if x != nil {
 		return x.Tries
 	}
 	return 0
 }
 
-func (x *Delivery) GetSender() string {
+func (x *RepoDelivery) GetSender() string {
 	if x != nil {
 		return x.Sender
 	}
 	return ""
 }
 
-type ListDeliveriesRequest struct {
+type ListRepoDeliveriesRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	App           string                 `protobuf:"bytes,1,opt,name=app,proto3" json:"app,omitempty"`
 	Limit         int32                  `protobuf:"varint,2,opt,name=limit,proto3" json:"limit,omitempty"`
@@ -682,20 +682,20 @@ type ListDeliveriesRequest struct {
 	sizeCache     protoimpl.SizeCache
 }
 
-func (x *ListDeliveriesRequest) Reset() {
-	*x = ListDeliveriesRequest{}
+func (x *ListRepoDeliveriesRequest) Reset() {
+	*x = ListRepoDeliveriesRequest{}
 	mi := &file_m3o_v1_repos_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
 
-func (x *ListDeliveriesRequest) String() string {
+func (x *ListRepoDeliveriesRequest) String() string {
 	return protoimpl.X.MessageStringOf(x)
 }
 
-func (*ListDeliveriesRequest) ProtoMessage() {}
+func (*ListRepoDeliveriesRequest) ProtoMessage() {}
 
-func (x *ListDeliveriesRequest) ProtoReflect() protoreflect.Message {
+func (x *ListRepoDeliveriesRequest) ProtoReflect() protoreflect.Message {
 	mi := &file_m3o_v1_repos_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
@@ -707,46 +707,46 @@ func (x *ListDeliveriesRequest) ProtoReflect() protoreflect.Message {
 	return mi.MessageOf(x)
 }
 
-// Deprecated: Use ListDeliveriesRequest.ProtoReflect.Descriptor instead.
-func (*ListDeliveriesRequest) Descriptor() ([]byte, []int) {
+// Deprecated: Use ListRepoDeliveriesRequest.ProtoReflect.Descriptor instead.
+func (*ListRepoDeliveriesRequest) Descriptor() ([]byte, []int) {
 	return file_m3o_v1_repos_proto_rawDescGZIP(), []int{8}
 }
 
-func (x *ListDeliveriesRequest) GetApp() string {
+func (x *ListRepoDeliveriesRequest) GetApp() string {
 	if x != nil {
 		return x.App
 	}
 	return ""
 }
 
-func (x *ListDeliveriesRequest) GetLimit() int32 {
+func (x *ListRepoDeliveriesRequest) GetLimit() int32 {
 	if x != nil {
 		return x.Limit
 	}
 	return 0
 }
 
-type ListDeliveriesResponse struct {
+type ListRepoDeliveriesResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
-	Deliveries    []*Delivery            `protobuf:"bytes,1,rep,name=deliveries,proto3" json:"deliveries,omitempty"` // newest first
+	Deliveries    []*RepoDelivery        `protobuf:"bytes,1,rep,name=deliveries,proto3" json:"deliveries,omitempty"` // newest first
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
-func (x *ListDeliveriesResponse) Reset() {
-	*x = ListDeliveriesResponse{}
+func (x *ListRepoDeliveriesResponse) Reset() {
+	*x = ListRepoDeliveriesResponse{}
 	mi := &file_m3o_v1_repos_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
 
-func (x *ListDeliveriesResponse) String() string {
+func (x *ListRepoDeliveriesResponse) String() string {
 	return protoimpl.X.MessageStringOf(x)
 }
 
-func (*ListDeliveriesResponse) ProtoMessage() {}
+func (*ListRepoDeliveriesResponse) ProtoMessage() {}
 
-func (x *ListDeliveriesResponse) ProtoReflect() protoreflect.Message {
+func (x *ListRepoDeliveriesResponse) ProtoReflect() protoreflect.Message {
 	mi := &file_m3o_v1_repos_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
@@ -758,19 +758,19 @@ func (x *ListDeliveriesResponse) ProtoReflect() protoreflect.Message {
 	return mi.MessageOf(x)
 }
 
-// Deprecated: Use ListDeliveriesResponse.ProtoReflect.Descriptor instead.
-func (*ListDeliveriesResponse) Descriptor() ([]byte, []int) {
+// Deprecated: Use ListRepoDeliveriesResponse.ProtoReflect.Descriptor instead.
+func (*ListRepoDeliveriesResponse) Descriptor() ([]byte, []int) {
 	return file_m3o_v1_repos_proto_rawDescGZIP(), []int{9}
 }
 
-func (x *ListDeliveriesResponse) GetDeliveries() []*Delivery {
+func (x *ListRepoDeliveriesResponse) GetDeliveries() []*RepoDelivery {
 	if x != nil {
 		return x.Deliveries
 	}
 	return nil
 }
 
-type ReplayDeliveryRequest struct {
+type ReplayRepoDeliveryRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	App           string                 `protobuf:"bytes,1,opt,name=app,proto3" json:"app,omitempty"`
 	Id            string                 `protobuf:"bytes,2,opt,name=id,proto3" json:"id,omitempty"`
@@ -778,20 +778,20 @@ type ReplayDeliveryRequest struct {
 	sizeCache     protoimpl.SizeCache
 }
 
-func (x *ReplayDeliveryRequest) Reset() {
-	*x = ReplayDeliveryRequest{}
+func (x *ReplayRepoDeliveryRequest) Reset() {
+	*x = ReplayRepoDeliveryRequest{}
 	mi := &file_m3o_v1_repos_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
 
-func (x *ReplayDeliveryRequest) String() string {
+func (x *ReplayRepoDeliveryRequest) String() string {
 	return protoimpl.X.MessageStringOf(x)
 }
 
-func (*ReplayDeliveryRequest) ProtoMessage() {}
+func (*ReplayRepoDeliveryRequest) ProtoMessage() {}
 
-func (x *ReplayDeliveryRequest) ProtoReflect() protoreflect.Message {
+func (x *ReplayRepoDeliveryRequest) ProtoReflect() protoreflect.Message {
 	mi := &file_m3o_v1_repos_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
@@ -803,45 +803,45 @@ func (x *ReplayDeliveryRequest) ProtoReflect() protoreflect.Message {
 	return mi.MessageOf(x)
 }
 
-// Deprecated: Use ReplayDeliveryRequest.ProtoReflect.Descriptor instead.
-func (*ReplayDeliveryRequest) Descriptor() ([]byte, []int) {
+// Deprecated: Use ReplayRepoDeliveryRequest.ProtoReflect.Descriptor instead.
+func (*ReplayRepoDeliveryRequest) Descriptor() ([]byte, []int) {
 	return file_m3o_v1_repos_proto_rawDescGZIP(), []int{10}
 }
 
-func (x *ReplayDeliveryRequest) GetApp() string {
+func (x *ReplayRepoDeliveryRequest) GetApp() string {
 	if x != nil {
 		return x.App
 	}
 	return ""
 }
 
-func (x *ReplayDeliveryRequest) GetId() string {
+func (x *ReplayRepoDeliveryRequest) GetId() string {
 	if x != nil {
 		return x.Id
 	}
 	return ""
 }
 
-type ReplayDeliveryResponse struct {
+type ReplayRepoDeliveryResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
-func (x *ReplayDeliveryResponse) Reset() {
-	*x = ReplayDeliveryResponse{}
+func (x *ReplayRepoDeliveryResponse) Reset() {
+	*x = ReplayRepoDeliveryResponse{}
 	mi := &file_m3o_v1_repos_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
 
-func (x *ReplayDeliveryResponse) String() string {
+func (x *ReplayRepoDeliveryResponse) String() string {
 	return protoimpl.X.MessageStringOf(x)
 }
 
-func (*ReplayDeliveryResponse) ProtoMessage() {}
+func (*ReplayRepoDeliveryResponse) ProtoMessage() {}
 
-func (x *ReplayDeliveryResponse) ProtoReflect() protoreflect.Message {
+func (x *ReplayRepoDeliveryResponse) ProtoReflect() protoreflect.Message {
 	mi := &file_m3o_v1_repos_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
@@ -853,8 +853,8 @@ func (x *ReplayDeliveryResponse) ProtoReflect() protoreflect.Message {
 	return mi.MessageOf(x)
 }
 
-// Deprecated: Use ReplayDeliveryResponse.ProtoReflect.Descriptor instead.
-func (*ReplayDeliveryResponse) Descriptor() ([]byte, []int) {
+// Deprecated: Use ReplayRepoDeliveryResponse.ProtoReflect.Descriptor instead.
+func (*ReplayRepoDeliveryResponse) Descriptor() ([]byte, []int) {
 	return file_m3o_v1_repos_proto_rawDescGZIP(), []int{11}
 }
 
@@ -1451,26 +1451,26 @@ const file_m3o_v1_repos_proto_rawDesc = "" +
 	"\x15DisconnectRepoRequest\x12\x10\n" +
 	"\x03app\x18\x01 \x01(\tR\x03app\",\n" +
 	"\x16DisconnectRepoResponse\x12\x12\n" +
-	"\x04left\x18\x01 \x01(\tR\x04left\"\xc0\x01\n" +
-	"\bDelivery\x12\x0e\n" +
+	"\x04left\x18\x01 \x01(\tR\x04left\"\xc4\x01\n" +
+	"\fRepoDelivery\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x14\n" +
 	"\x05event\x18\x02 \x01(\tR\x05event\x126\n" +
 	"\breceived\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\breceived\x12\x14\n" +
 	"\x05state\x18\x04 \x01(\tR\x05state\x12\x12\n" +
 	"\x04note\x18\x05 \x01(\tR\x04note\x12\x14\n" +
 	"\x05tries\x18\x06 \x01(\x05R\x05tries\x12\x16\n" +
-	"\x06sender\x18\a \x01(\tR\x06sender\"?\n" +
-	"\x15ListDeliveriesRequest\x12\x10\n" +
+	"\x06sender\x18\a \x01(\tR\x06sender\"C\n" +
+	"\x19ListRepoDeliveriesRequest\x12\x10\n" +
 	"\x03app\x18\x01 \x01(\tR\x03app\x12\x14\n" +
-	"\x05limit\x18\x02 \x01(\x05R\x05limit\"J\n" +
-	"\x16ListDeliveriesResponse\x120\n" +
+	"\x05limit\x18\x02 \x01(\x05R\x05limit\"R\n" +
+	"\x1aListRepoDeliveriesResponse\x124\n" +
 	"\n" +
-	"deliveries\x18\x01 \x03(\v2\x10.m3o.v1.DeliveryR\n" +
-	"deliveries\"9\n" +
-	"\x15ReplayDeliveryRequest\x12\x10\n" +
+	"deliveries\x18\x01 \x03(\v2\x14.m3o.v1.RepoDeliveryR\n" +
+	"deliveries\"=\n" +
+	"\x19ReplayRepoDeliveryRequest\x12\x10\n" +
 	"\x03app\x18\x01 \x01(\tR\x03app\x12\x0e\n" +
-	"\x02id\x18\x02 \x01(\tR\x02id\"\x18\n" +
-	"\x16ReplayDeliveryResponse\"[\n" +
+	"\x02id\x18\x02 \x01(\tR\x02id\"\x1c\n" +
+	"\x1aReplayRepoDeliveryResponse\"[\n" +
 	"\x15ApprovePreviewRequest\x12\x10\n" +
 	"\x03app\x18\x01 \x01(\tR\x03app\x12\x18\n" +
 	"\apreview\x18\x02 \x01(\tR\apreview\x12\x16\n" +
@@ -1506,15 +1506,15 @@ const file_m3o_v1_repos_proto_rawDesc = "" +
 	"\x03app\x18\x01 \x01(\tR\x03app\x12\x16\n" +
 	"\x06output\x18\x02 \x01(\fR\x06output\x12\x10\n" +
 	"\x03url\x18\x03 \x01(\tR\x03url\x12\x18\n" +
-	"\arelease\x18\x04 \x01(\tR\arelease2\x82\x05\n" +
+	"\arelease\x18\x04 \x01(\tR\arelease2\x92\x05\n" +
 	"\x05Repos\x12B\n" +
 	"\aConnect\x12\x1a.m3o.v1.ConnectRepoRequest\x1a\x1b.m3o.v1.ConnectRepoResponse\x126\n" +
 	"\x03Get\x12\x16.m3o.v1.GetRepoRequest\x1a\x17.m3o.v1.GetRepoResponse\x12K\n" +
 	"\n" +
-	"Disconnect\x12\x1d.m3o.v1.DisconnectRepoRequest\x1a\x1e.m3o.v1.DisconnectRepoResponse\x12K\n" +
+	"Disconnect\x12\x1d.m3o.v1.DisconnectRepoRequest\x1a\x1e.m3o.v1.DisconnectRepoResponse\x12S\n" +
 	"\n" +
-	"Deliveries\x12\x1d.m3o.v1.ListDeliveriesRequest\x1a\x1e.m3o.v1.ListDeliveriesResponse\x12G\n" +
-	"\x06Replay\x12\x1d.m3o.v1.ReplayDeliveryRequest\x1a\x1e.m3o.v1.ReplayDeliveryResponse\x12H\n" +
+	"Deliveries\x12!.m3o.v1.ListRepoDeliveriesRequest\x1a\".m3o.v1.ListRepoDeliveriesResponse\x12O\n" +
+	"\x06Replay\x12!.m3o.v1.ReplayRepoDeliveryRequest\x1a\".m3o.v1.ReplayRepoDeliveryResponse\x12H\n" +
 	"\aApprove\x12\x1d.m3o.v1.ApprovePreviewRequest\x1a\x1e.m3o.v1.ApprovePreviewResponse\x12E\n" +
 	"\bPreviews\x12\x1b.m3o.v1.ListPreviewsRequest\x1a\x1c.m3o.v1.ListPreviewsResponse\x12O\n" +
 	"\x0eDestroyPreview\x12\x1d.m3o.v1.DestroyPreviewRequest\x1a\x1e.m3o.v1.DestroyPreviewResponse\x128\n" +
@@ -1534,43 +1534,43 @@ func file_m3o_v1_repos_proto_rawDescGZIP() []byte {
 
 var file_m3o_v1_repos_proto_msgTypes = make([]protoimpl.MessageInfo, 21)
 var file_m3o_v1_repos_proto_goTypes = []any{
-	(*Repo)(nil),                   // 0: m3o.v1.Repo
-	(*ConnectRepoRequest)(nil),     // 1: m3o.v1.ConnectRepoRequest
-	(*ConnectRepoResponse)(nil),    // 2: m3o.v1.ConnectRepoResponse
-	(*GetRepoRequest)(nil),         // 3: m3o.v1.GetRepoRequest
-	(*GetRepoResponse)(nil),        // 4: m3o.v1.GetRepoResponse
-	(*DisconnectRepoRequest)(nil),  // 5: m3o.v1.DisconnectRepoRequest
-	(*DisconnectRepoResponse)(nil), // 6: m3o.v1.DisconnectRepoResponse
-	(*Delivery)(nil),               // 7: m3o.v1.Delivery
-	(*ListDeliveriesRequest)(nil),  // 8: m3o.v1.ListDeliveriesRequest
-	(*ListDeliveriesResponse)(nil), // 9: m3o.v1.ListDeliveriesResponse
-	(*ReplayDeliveryRequest)(nil),  // 10: m3o.v1.ReplayDeliveryRequest
-	(*ReplayDeliveryResponse)(nil), // 11: m3o.v1.ReplayDeliveryResponse
-	(*ApprovePreviewRequest)(nil),  // 12: m3o.v1.ApprovePreviewRequest
-	(*ApprovePreviewResponse)(nil), // 13: m3o.v1.ApprovePreviewResponse
-	(*Preview)(nil),                // 14: m3o.v1.Preview
-	(*ListPreviewsRequest)(nil),    // 15: m3o.v1.ListPreviewsRequest
-	(*ListPreviewsResponse)(nil),   // 16: m3o.v1.ListPreviewsResponse
-	(*DestroyPreviewRequest)(nil),  // 17: m3o.v1.DestroyPreviewRequest
-	(*DestroyPreviewResponse)(nil), // 18: m3o.v1.DestroyPreviewResponse
-	(*RunRepoRequest)(nil),         // 19: m3o.v1.RunRepoRequest
-	(*RunRepoResponse)(nil),        // 20: m3o.v1.RunRepoResponse
-	(*timestamppb.Timestamp)(nil),  // 21: google.protobuf.Timestamp
+	(*Repo)(nil),                       // 0: m3o.v1.Repo
+	(*ConnectRepoRequest)(nil),         // 1: m3o.v1.ConnectRepoRequest
+	(*ConnectRepoResponse)(nil),        // 2: m3o.v1.ConnectRepoResponse
+	(*GetRepoRequest)(nil),             // 3: m3o.v1.GetRepoRequest
+	(*GetRepoResponse)(nil),            // 4: m3o.v1.GetRepoResponse
+	(*DisconnectRepoRequest)(nil),      // 5: m3o.v1.DisconnectRepoRequest
+	(*DisconnectRepoResponse)(nil),     // 6: m3o.v1.DisconnectRepoResponse
+	(*RepoDelivery)(nil),               // 7: m3o.v1.RepoDelivery
+	(*ListRepoDeliveriesRequest)(nil),  // 8: m3o.v1.ListRepoDeliveriesRequest
+	(*ListRepoDeliveriesResponse)(nil), // 9: m3o.v1.ListRepoDeliveriesResponse
+	(*ReplayRepoDeliveryRequest)(nil),  // 10: m3o.v1.ReplayRepoDeliveryRequest
+	(*ReplayRepoDeliveryResponse)(nil), // 11: m3o.v1.ReplayRepoDeliveryResponse
+	(*ApprovePreviewRequest)(nil),      // 12: m3o.v1.ApprovePreviewRequest
+	(*ApprovePreviewResponse)(nil),     // 13: m3o.v1.ApprovePreviewResponse
+	(*Preview)(nil),                    // 14: m3o.v1.Preview
+	(*ListPreviewsRequest)(nil),        // 15: m3o.v1.ListPreviewsRequest
+	(*ListPreviewsResponse)(nil),       // 16: m3o.v1.ListPreviewsResponse
+	(*DestroyPreviewRequest)(nil),      // 17: m3o.v1.DestroyPreviewRequest
+	(*DestroyPreviewResponse)(nil),     // 18: m3o.v1.DestroyPreviewResponse
+	(*RunRepoRequest)(nil),             // 19: m3o.v1.RunRepoRequest
+	(*RunRepoResponse)(nil),            // 20: m3o.v1.RunRepoResponse
+	(*timestamppb.Timestamp)(nil),      // 21: google.protobuf.Timestamp
 }
 var file_m3o_v1_repos_proto_depIdxs = []int32{
 	21, // 0: m3o.v1.Repo.created:type_name -> google.protobuf.Timestamp
 	0,  // 1: m3o.v1.ConnectRepoResponse.repo:type_name -> m3o.v1.Repo
 	0,  // 2: m3o.v1.GetRepoResponse.repo:type_name -> m3o.v1.Repo
-	21, // 3: m3o.v1.Delivery.received:type_name -> google.protobuf.Timestamp
-	7,  // 4: m3o.v1.ListDeliveriesResponse.deliveries:type_name -> m3o.v1.Delivery
+	21, // 3: m3o.v1.RepoDelivery.received:type_name -> google.protobuf.Timestamp
+	7,  // 4: m3o.v1.ListRepoDeliveriesResponse.deliveries:type_name -> m3o.v1.RepoDelivery
 	21, // 5: m3o.v1.Preview.updated:type_name -> google.protobuf.Timestamp
 	21, // 6: m3o.v1.Preview.expires:type_name -> google.protobuf.Timestamp
 	14, // 7: m3o.v1.ListPreviewsResponse.previews:type_name -> m3o.v1.Preview
 	1,  // 8: m3o.v1.Repos.Connect:input_type -> m3o.v1.ConnectRepoRequest
 	3,  // 9: m3o.v1.Repos.Get:input_type -> m3o.v1.GetRepoRequest
 	5,  // 10: m3o.v1.Repos.Disconnect:input_type -> m3o.v1.DisconnectRepoRequest
-	8,  // 11: m3o.v1.Repos.Deliveries:input_type -> m3o.v1.ListDeliveriesRequest
-	10, // 12: m3o.v1.Repos.Replay:input_type -> m3o.v1.ReplayDeliveryRequest
+	8,  // 11: m3o.v1.Repos.Deliveries:input_type -> m3o.v1.ListRepoDeliveriesRequest
+	10, // 12: m3o.v1.Repos.Replay:input_type -> m3o.v1.ReplayRepoDeliveryRequest
 	12, // 13: m3o.v1.Repos.Approve:input_type -> m3o.v1.ApprovePreviewRequest
 	15, // 14: m3o.v1.Repos.Previews:input_type -> m3o.v1.ListPreviewsRequest
 	17, // 15: m3o.v1.Repos.DestroyPreview:input_type -> m3o.v1.DestroyPreviewRequest
@@ -1578,8 +1578,8 @@ var file_m3o_v1_repos_proto_depIdxs = []int32{
 	2,  // 17: m3o.v1.Repos.Connect:output_type -> m3o.v1.ConnectRepoResponse
 	4,  // 18: m3o.v1.Repos.Get:output_type -> m3o.v1.GetRepoResponse
 	6,  // 19: m3o.v1.Repos.Disconnect:output_type -> m3o.v1.DisconnectRepoResponse
-	9,  // 20: m3o.v1.Repos.Deliveries:output_type -> m3o.v1.ListDeliveriesResponse
-	11, // 21: m3o.v1.Repos.Replay:output_type -> m3o.v1.ReplayDeliveryResponse
+	9,  // 20: m3o.v1.Repos.Deliveries:output_type -> m3o.v1.ListRepoDeliveriesResponse
+	11, // 21: m3o.v1.Repos.Replay:output_type -> m3o.v1.ReplayRepoDeliveryResponse
 	13, // 22: m3o.v1.Repos.Approve:output_type -> m3o.v1.ApprovePreviewResponse
 	16, // 23: m3o.v1.Repos.Previews:output_type -> m3o.v1.ListPreviewsResponse
 	18, // 24: m3o.v1.Repos.DestroyPreview:output_type -> m3o.v1.DestroyPreviewResponse

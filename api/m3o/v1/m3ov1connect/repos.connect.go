@@ -69,9 +69,9 @@ type ReposClient interface {
 	// where the credential may. Previews go too; the app stays as it is.
 	Disconnect(context.Context, *connect.Request[v1.DisconnectRepoRequest]) (*connect.Response[v1.DisconnectRepoResponse], error)
 	// Deliveries lists what the forge sent lately and what came of it.
-	Deliveries(context.Context, *connect.Request[v1.ListDeliveriesRequest]) (*connect.Response[v1.ListDeliveriesResponse], error)
+	Deliveries(context.Context, *connect.Request[v1.ListRepoDeliveriesRequest]) (*connect.Response[v1.ListRepoDeliveriesResponse], error)
 	// Replay works on a delivery once more.
-	Replay(context.Context, *connect.Request[v1.ReplayDeliveryRequest]) (*connect.Response[v1.ReplayDeliveryResponse], error)
+	Replay(context.Context, *connect.Request[v1.ReplayRepoDeliveryRequest]) (*connect.Response[v1.ReplayRepoDeliveryResponse], error)
 	// Approve lets the pull request of a fork have a preview of exactly the
 	// commit it has now.
 	Approve(context.Context, *connect.Request[v1.ApprovePreviewRequest]) (*connect.Response[v1.ApprovePreviewResponse], error)
@@ -113,13 +113,13 @@ func NewReposClient(httpClient connect.HTTPClient, baseURL string, opts ...conne
 			connect.WithSchema(reposMethods.ByName("Disconnect")),
 			connect.WithClientOptions(opts...),
 		),
-		deliveries: connect.NewClient[v1.ListDeliveriesRequest, v1.ListDeliveriesResponse](
+		deliveries: connect.NewClient[v1.ListRepoDeliveriesRequest, v1.ListRepoDeliveriesResponse](
 			httpClient,
 			baseURL+ReposDeliveriesProcedure,
 			connect.WithSchema(reposMethods.ByName("Deliveries")),
 			connect.WithClientOptions(opts...),
 		),
-		replay: connect.NewClient[v1.ReplayDeliveryRequest, v1.ReplayDeliveryResponse](
+		replay: connect.NewClient[v1.ReplayRepoDeliveryRequest, v1.ReplayRepoDeliveryResponse](
 			httpClient,
 			baseURL+ReposReplayProcedure,
 			connect.WithSchema(reposMethods.ByName("Replay")),
@@ -157,8 +157,8 @@ type reposClient struct {
 	connect        *connect.Client[v1.ConnectRepoRequest, v1.ConnectRepoResponse]
 	get            *connect.Client[v1.GetRepoRequest, v1.GetRepoResponse]
 	disconnect     *connect.Client[v1.DisconnectRepoRequest, v1.DisconnectRepoResponse]
-	deliveries     *connect.Client[v1.ListDeliveriesRequest, v1.ListDeliveriesResponse]
-	replay         *connect.Client[v1.ReplayDeliveryRequest, v1.ReplayDeliveryResponse]
+	deliveries     *connect.Client[v1.ListRepoDeliveriesRequest, v1.ListRepoDeliveriesResponse]
+	replay         *connect.Client[v1.ReplayRepoDeliveryRequest, v1.ReplayRepoDeliveryResponse]
 	approve        *connect.Client[v1.ApprovePreviewRequest, v1.ApprovePreviewResponse]
 	previews       *connect.Client[v1.ListPreviewsRequest, v1.ListPreviewsResponse]
 	destroyPreview *connect.Client[v1.DestroyPreviewRequest, v1.DestroyPreviewResponse]
@@ -181,12 +181,12 @@ func (c *reposClient) Disconnect(ctx context.Context, req *connect.Request[v1.Di
 }
 
 // Deliveries calls m3o.v1.Repos.Deliveries.
-func (c *reposClient) Deliveries(ctx context.Context, req *connect.Request[v1.ListDeliveriesRequest]) (*connect.Response[v1.ListDeliveriesResponse], error) {
+func (c *reposClient) Deliveries(ctx context.Context, req *connect.Request[v1.ListRepoDeliveriesRequest]) (*connect.Response[v1.ListRepoDeliveriesResponse], error) {
 	return c.deliveries.CallUnary(ctx, req)
 }
 
 // Replay calls m3o.v1.Repos.Replay.
-func (c *reposClient) Replay(ctx context.Context, req *connect.Request[v1.ReplayDeliveryRequest]) (*connect.Response[v1.ReplayDeliveryResponse], error) {
+func (c *reposClient) Replay(ctx context.Context, req *connect.Request[v1.ReplayRepoDeliveryRequest]) (*connect.Response[v1.ReplayRepoDeliveryResponse], error) {
 	return c.replay.CallUnary(ctx, req)
 }
 
@@ -223,9 +223,9 @@ type ReposHandler interface {
 	// where the credential may. Previews go too; the app stays as it is.
 	Disconnect(context.Context, *connect.Request[v1.DisconnectRepoRequest]) (*connect.Response[v1.DisconnectRepoResponse], error)
 	// Deliveries lists what the forge sent lately and what came of it.
-	Deliveries(context.Context, *connect.Request[v1.ListDeliveriesRequest]) (*connect.Response[v1.ListDeliveriesResponse], error)
+	Deliveries(context.Context, *connect.Request[v1.ListRepoDeliveriesRequest]) (*connect.Response[v1.ListRepoDeliveriesResponse], error)
 	// Replay works on a delivery once more.
-	Replay(context.Context, *connect.Request[v1.ReplayDeliveryRequest]) (*connect.Response[v1.ReplayDeliveryResponse], error)
+	Replay(context.Context, *connect.Request[v1.ReplayRepoDeliveryRequest]) (*connect.Response[v1.ReplayRepoDeliveryResponse], error)
 	// Approve lets the pull request of a fork have a preview of exactly the
 	// commit it has now.
 	Approve(context.Context, *connect.Request[v1.ApprovePreviewRequest]) (*connect.Response[v1.ApprovePreviewResponse], error)
@@ -340,11 +340,11 @@ func (UnimplementedReposHandler) Disconnect(context.Context, *connect.Request[v1
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("m3o.v1.Repos.Disconnect is not implemented"))
 }
 
-func (UnimplementedReposHandler) Deliveries(context.Context, *connect.Request[v1.ListDeliveriesRequest]) (*connect.Response[v1.ListDeliveriesResponse], error) {
+func (UnimplementedReposHandler) Deliveries(context.Context, *connect.Request[v1.ListRepoDeliveriesRequest]) (*connect.Response[v1.ListRepoDeliveriesResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("m3o.v1.Repos.Deliveries is not implemented"))
 }
 
-func (UnimplementedReposHandler) Replay(context.Context, *connect.Request[v1.ReplayDeliveryRequest]) (*connect.Response[v1.ReplayDeliveryResponse], error) {
+func (UnimplementedReposHandler) Replay(context.Context, *connect.Request[v1.ReplayRepoDeliveryRequest]) (*connect.Response[v1.ReplayRepoDeliveryResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("m3o.v1.Repos.Replay is not implemented"))
 }
 
