@@ -310,7 +310,7 @@ func explainFetch(u *url.URL, r Remote, lim FetchLimits, said string, err error)
 		}
 	case any("repository not found", "not found", "does not exist", "does not appear to be a git repository", "returned error: 404"):
 		e.Kind, e.Msg, e.Hint = m3o.NotFound, name+" is not there, or not for this credential", "it was renamed, deleted or made private: m3o repo:connect with the new name or a credential"
-	case any("file too large", "signal 25", "sigxfsz"):
+	case any("file too large", "signal 25", "invalid index-pack output"): // a limit ended index-pack
 		e.Kind, e.Msg, e.Hint = m3o.Invalid, fmt.Sprintf("the commit is larger than %d MB", lim.Pack>>20), "keep large files out of the repository"
 	case any("not our ref", "unadvertised object", "no such remote ref", "couldn't find remote ref"):
 		e.Kind, e.Msg, e.Hint = m3o.NotFound, name+" does not have the commit any more", "it was probably replaced by a forced push"

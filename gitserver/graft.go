@@ -50,7 +50,7 @@ func (s *Server) Tree(ctx context.Context, app, repo, quarantine, commit string,
 		return "", fmt.Errorf("make index: %w", err)
 	}
 	defer os.RemoveAll(tmp) //nolint:errcheck // a leftover harms nobody
-	x := &grafter{repo: repo, g: g, env: []string{"GIT_INDEX_FILE=" + filepath.Join(tmp, "index")}}
+	x := &grafter{repo: repo, g: g, env: []string{"GIT_INDEX_FILE=" + filepath.Join(tmp, "index"), "GIT_WORK_TREE=" + tmp}}
 	if quarantine != "" {
 		x.env = append(x.env, "GIT_OBJECT_DIRECTORY="+quarantine, "GIT_ALTERNATE_OBJECT_DIRECTORIES="+filepath.Join(repo, "objects"))
 	}

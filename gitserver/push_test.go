@@ -229,7 +229,6 @@ func TestPushOptions(t *testing.T) {
 		t.Errorf("options = %q", got)
 	}
 	c.must("push", "-o", "preview", "m3o", "main:refs/heads/topic")
-	wantEvents(t, s, "deploy true", "deploy true")
 	if got := s.apps.srcs[1]; got.Ref != "refs/heads/topic" || len(got.Options) != 1 || got.Options[0] != "preview" {
 		t.Errorf("a preview of %s with options %q", got.Ref, got.Options)
 	}

@@ -64,13 +64,15 @@ type Forge struct {
 	keys        map[int]string
 	last        int
 	down        int // how many calls are answered by 503
-	calls       []string
+	moved       map[string]string
+	seen        map[string][]http.Header // of git's requests, by repository path
 }
 
 // New starts a forge that ends with the test.
 func New(t testing.TB) *Forge {
 	t.Helper()
-	f := &Forge{Dir: t.TempDir(), private: map[string]bool{}, deployments: map[int]string{}, comments: map[int]*Comment{}, hooks: map[int]Hook{}, keys: map[int]string{}}
+	f := &Forge{Dir: t.TempDir(), private: map[string]bool{}, deployments: map[int]string{}, comments: map[int]*Comment{}, hooks: map[int]Hook{}, keys: map[int]string{},
+		moved: map[string]string{}, seen: map[string][]http.Header{}}
 	mux := http.NewServeMux()
 	f.rest(mux)
 	mux.HandleFunc("/", f.git)
@@ -104,7 +106,6 @@ func (f *Forge) counted(next http.Handler) http.Handler {
 		if fails {
 			f.down--
 		}
-		f.calls = append(f.calls, r.Method+" "+r.URL.Path)
 		f.mu.Unlock()
 		if fails {
 			http.Error(w, `{"message":"down for maintenance"}`, http.StatusServiceUnavailable)
@@ -169,7 +170,14 @@ func (f *Forge) git(w http.ResponseWriter, r *http.Request) {
 	name, _, ok := strings.Cut(strings.TrimPrefix(r.URL.Path, "/"), ".git/")
 	f.mu.Lock()
 	private, known := f.private[name]
+	to, moved := f.moved[name]
+	f.seen["/"+name+".git"] = append(f.seen["/"+name+".git"], r.Header.Clone())
 	f.mu.Unlock()
+	if moved {
+		_, rest, _ := strings.Cut(r.URL.RequestURI(), ".git")
+		http.Redirect(w, r, to+rest, http.StatusMovedPermanently)
+		return
+	}
 	_, password, _ := r.BasicAuth()
 	if private && password != Token {
 		w.Header().Set("WWW-Authenticate", `Basic realm="forge"`)
@@ -390,6 +398,28 @@ func (f *Forge) Keys() int {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	return len(f.keys)
+}
+
+// AddKey registers a deploy key.
+func (f *Forge) AddKey(public string) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.last++
+	f.keys[f.last] = public
+}
+
+// RedirectTo sends requests for a repository on to another address.
+func (f *Forge) RedirectTo(name, address string) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.moved[name] = address
+}
+
+// Seen are the headers of git's requests for a path, /org/app.git.
+func (f *Forge) Seen(path string) []http.Header {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.seen[path]
 }
 
 // Client is an HTTP client that believes the forge.
