@@ -65,6 +65,8 @@ type Forge struct {
 	last        int
 	down        int // how many calls are answered by 503
 	moved       map[string]string
+	renamed     map[string]string        // as the API answers it
+	token       string                   // what may do everything now
 	seen        map[string][]http.Header // of git's requests, by repository path
 }
 
@@ -72,7 +74,7 @@ type Forge struct {
 func New(t testing.TB) *Forge {
 	t.Helper()
 	f := &Forge{Dir: t.TempDir(), private: map[string]bool{}, deployments: map[int]string{}, comments: map[int]*Comment{}, hooks: map[int]Hook{}, keys: map[int]string{},
-		moved: map[string]string{}, seen: map[string][]http.Header{}}
+		token: Token, renamed: map[string]string{}, moved: map[string]string{}, seen: map[string][]http.Header{}}
 	mux := http.NewServeMux()
 	f.rest(mux)
 	mux.HandleFunc("/", f.git)
@@ -171,6 +173,7 @@ func (f *Forge) git(w http.ResponseWriter, r *http.Request) {
 	f.mu.Lock()
 	private, known := f.private[name]
 	to, moved := f.moved[name]
+	token := f.token
 	f.seen["/"+name+".git"] = append(f.seen["/"+name+".git"], r.Header.Clone())
 	f.mu.Unlock()
 	if moved {
@@ -179,7 +182,7 @@ func (f *Forge) git(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	_, password, _ := r.BasicAuth()
-	if private && password != Token {
+	if private && password != token {
 		w.Header().Set("WWW-Authenticate", `Basic realm="forge"`)
 		http.Error(w, "no", http.StatusUnauthorized)
 		return
@@ -406,6 +409,20 @@ func (f *Forge) AddKey(public string) {
 	defer f.mu.Unlock()
 	f.last++
 	f.keys[f.last] = public
+}
+
+// Moved has the API know a repository by its old name too, as forges do.
+func (f *Forge) Moved(from, to string) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.renamed[from] = to
+}
+
+// Revoke makes Token one of the past.
+func (f *Forge) Revoke() {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.token = "another"
 }
 
 // RedirectTo sends requests for a repository on to another address.

@@ -43,7 +43,7 @@ func (f *Forge) rest(mux *http.ServeMux) {
 				_, _ = w.Write([]byte(`{"message":"Not Found"}`))
 				return
 			case auth == "" && r.Method == http.MethodGet:
-			case !strings.HasSuffix(auth, Token):
+			case !strings.HasSuffix(auth, f.token):
 				w.WriteHeader(http.StatusUnauthorized)
 				_, _ = w.Write([]byte(`{"message":"Bad credentials"}`))
 				return
@@ -98,6 +98,9 @@ func (f *Forge) rest(mux *http.ServeMux) {
 		repo := v + "/repos/{owner}/{name}"
 		on("GET "+repo, 200, func(c call) any {
 			name := c.r.PathValue("owner") + "/" + c.r.PathValue("name")
+			if to := f.renamed[name]; to != "" {
+				name = to
+			}
 			return m{"full_name": name, "default_branch": "main", "private": f.private[name]}
 		})
 		on("POST "+repo+"/statuses/{sha}", 201, func(c call) any {
