@@ -155,17 +155,47 @@ func (r *repos) follow(ctx context.Context, c *connection, e webhook.Event) erro
 	return nil
 }
 
+// An asked is what a ref was when the forge was asked.
+type asked struct {
+	tip string
+	at  time.Time // before asking
+}
+
+// ask is what a ref of the forge is, at a time after the delivery came: for
+// all deliveries of a burst that have come by then, one answer does.
+func (r *repos) ask(ctx context.Context, c *connection, rem gitserver.Remote, ref string, d webhook.Delivery) (string, error) {
+	key := attemptKey(c.App+"/"+c.Hook, ref)
+	again := d.Tries > 1 || d.Note == "replayed"
+	r.mu.Lock()
+	known, ok := r.asked[key]
+	r.mu.Unlock()
+	if ok && !again && d.Received.Before(known.at) {
+		return known.tip, nil
+	}
+	now := asked{at: time.Now()}
+	tips, err := gitserver.RemoteTips(ctx, rem, ref)
+	if err != nil {
+		return "", err
+	}
+	now.tip = tips[ref]
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if len(r.asked) > 1000 {
+		clear(r.asked)
+	}
+	r.asked[key] = now
+	return now.tip, nil
+}
+
 // tip asks the forge what a ref is now and says whether the event is still
-// about it. gone and overtaken are for the delivery's note.
-func (r *repos) tip(ctx context.Context, c *connection, ref, commit, before string) (rem gitserver.Remote, tip, note string, err error) {
+// about it; note says why not.
+func (r *repos) tip(ctx context.Context, c *connection, d webhook.Delivery, ref, commit, before string) (rem gitserver.Remote, tip, note string, err error) {
 	if rem, err = r.remote(ctx, c); err != nil {
 		return rem, "", "", err
 	}
-	tips, err := gitserver.RemoteTips(ctx, rem, ref)
-	if err != nil {
+	if tip, err = r.ask(ctx, c, rem, ref, d); err != nil {
 		return rem, "", "", err
 	}
-	tip = tips[ref]
 	short := strings.TrimPrefix(ref, "refs/heads/")
 	switch {
 	case tip == "":
@@ -181,7 +211,7 @@ func (r *repos) tip(ctx context.Context, c *connection, ref, commit, before stri
 
 // deploy is for a push to the branch that deploys.
 func (r *repos) deploy(ctx context.Context, c *connection, d webhook.Delivery, a webhook.Action) (webhook.Result, longWork, error) {
-	rem, tip, note, err := r.tip(ctx, c, a.Ref, a.Commit, a.Before)
+	rem, tip, note, err := r.tip(ctx, c, d, a.Ref, a.Commit, a.Before)
 	if err != nil {
 		return webhook.Result{}, nil, err
 	}

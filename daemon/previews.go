@@ -90,7 +90,7 @@ func (r *repos) preview(ctx context.Context, c *connection, d webhook.Delivery, 
 	if before == "" {
 		before = old.Commit
 	}
-	rem, tip, note, err := r.tip(ctx, c, ref, a.Commit, before)
+	rem, tip, note, err := r.tip(ctx, c, d, ref, a.Commit, before)
 	if err != nil {
 		return webhook.Result{}, nil, err
 	}

@@ -87,12 +87,12 @@ type repos struct {
 
 	mu    sync.Mutex // guards what follows
 	hooks map[string]string
-	apps  map[string]*forge.Config // clients are made anew when these change
+	asked map[string]asked
 	turns map[string]*hookTurn
 }
 
 func openRepos(ctx context.Context, d *Daemon) (*repos, error) {
-	r := &repos{d: d, started: make(chan struct{}), hooks: map[string]string{}, turns: map[string]*hookTurn{}}
+	r := &repos{d: d, started: make(chan struct{}), hooks: map[string]string{}, asked: map[string]asked{}, turns: map[string]*hookTurn{}}
 	var err error
 	if r.logKey, err = hkdf.Key(sha256.New, d.configKey[:], nil, "m3o links to build logs v1", 32); err != nil {
 		return nil, fmt.Errorf("derive key: %w", err)
