@@ -49,6 +49,9 @@ func (p *pretend) Build(ctx context.Context, r build.Request) (build.Result, err
 	}
 	return build.Result{Image: "sha256:" + r.Commit + strings.Repeat("0", 24)}, nil
 }
+func (p *pretend) Import(context.Context, string, io.Reader) (build.Result, error) {
+	return build.Result{}, errors.New("no images here")
+}
 func (p *pretend) Attach(context.Context, string, build.Attachment) error { return nil }
 func (p *pretend) Current(context.Context, string) (build.Basis, error)   { return build.Basis{}, nil }
 func (p *pretend) Run(ctx context.Context) error                          { <-ctx.Done(); return nil }
