@@ -114,7 +114,7 @@ func (e *errNoAnswer) Unwrap() error { return e.err }
 // response's headers. It tries again, perhaps elsewhere, where that is safe:
 // after a failed dial always; on a connection used before, when the app has
 // answered nothing and either nothing was written or the request may be
-// repeated. The func returned with the connection unhooks it from the client's
+// repeated; on a new one only when it may be repeated, once, elsewhere. The func returned with the connection unhooks it from the client's
 // and the release's end, and is false when one of them came first.
 func (x *h1relay) exchange() (*h1conn, func() bool, error) {
 	ctx := x.r.Context()
@@ -153,8 +153,13 @@ func (x *h1relay) exchange() (*h1conn, func() bool, error) {
 				return nil, nil, cerr
 			}
 		}
-		if _, silent := errors.AsType[*errNoAnswer](err); !conn.reused || ctx.Err() != nil || conn.aborted.Load() ||
+		if _, silent := errors.AsType[*errNoAnswer](err); ctx.Err() != nil || conn.aborted.Load() ||
 			conn.wrote > 0 && (!silent || !repeatable) || conn.wrote == 0 && x.bodyDone != nil {
+			return nil, nil, err
+		}
+		// On a new connection the app has died of this request or while it had
+		// it: one other instance may answer, but it must not cost them all.
+		if !conn.reused && (!repeatable || len(x.tried) > 0 || !x.next(err)) {
 			return nil, nil, err
 		}
 		clear(x.w.Header())

@@ -201,3 +201,27 @@ func TestChangesStayInOrderWhenTheClockJumps(t *testing.T) {
 		}
 	})
 }
+
+// An instance that once crashed and is on its way out when its app is started
+// again is no failure of the start.
+func TestWaitReadyForgivesTheEndOfWhatWasToldToGo(t *testing.T) {
+	inBubble(t, func(t *testing.T, r *Reconciler, p *puppet) {
+		w := Workload{Ref: web, Port: 8080}
+		if err := r.Start(t.Context(), w, 1); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(time.Second)
+		p.exit <- Exit{Code: 1, At: time.Now()}
+		time.Sleep(time.Second)
+		r.drain = func(context.Context, m3o.Instance) { time.Sleep(time.Second) }
+		for _, n := range []int{0, 1} {
+			if err := r.Start(t.Context(), w, n); err != nil {
+				t.Fatal(err)
+			}
+			synctest.Wait()
+		}
+		if ins, err := WaitReady(t.Context(), bare{r}, web, 1, nil); err != nil || ins[0].Restarts != 0 {
+			t.Errorf("WaitReady = %v, %v", ins, err)
+		}
+	})
+}

@@ -117,6 +117,10 @@ func waitReady(ctx context.Context, d Driver, r Ref, n int, counts func(m3o.Inst
 			if in.App != r.App || in.Process != r.Process || in.Release != r.Release || in.ID == "" || !counts(in) {
 				continue
 			}
+			if in.Phase == m3o.Exited && all[in.ID].Phase == m3o.Draining {
+				delete(all, in.ID) // it was told to go
+				continue
+			}
 			all[in.ID] = in
 			if listed && onChange != nil {
 				onChange(in)
