@@ -13,6 +13,7 @@ import (
 
 	"github.com/m3o/m3o"
 	"github.com/m3o/m3o/gitserver"
+	"github.com/m3o/m3o/release"
 	"github.com/m3o/m3o/webhook"
 	"github.com/m3o/m3o/webhook/forge"
 )
@@ -289,6 +290,12 @@ type job struct {
 	turn       *hookTurn
 }
 
+// held says that rel was built while its app is locked.
+func (r *repos) held(ctx context.Context, rel m3o.Release) bool {
+	st, err := r.d.ledger.ReleaseStatus(ctx, rel.App, rel.Version)
+	return err == nil && st == release.ReleaseHeld
+}
+
 // run does the deploy when it is its turn and tells how it went. An error
 // means that it is tried again.
 func (j *job) run(ctx context.Context, deploy func(context.Context) (m3o.Release, error)) (webhook.Result, error) {
@@ -317,6 +324,10 @@ func (j *job) run(ctx context.Context, deploy func(context.Context) (m3o.Release
 		}
 	}()
 	switch kind := m3o.KindOf(err); {
+	case err == nil && r.held(wctx, rel):
+		state = "held"
+		j.report(wctx, forge.Success, fmt.Sprintf("%s is built; %s is locked, so it waits to be published", rel.Name(), j.app), "")
+		return webhook.Result{State: webhook.Done, Note: fmt.Sprintf("%s built %s of %s, which is locked", shortCommit(j.commit), rel.Name(), j.app)}, nil
 	case err == nil:
 		state = "live"
 		j.report(wctx, forge.Success, fmt.Sprintf("%s is live, in %s", rel.Name(), seconds(time.Since(began))), "")
