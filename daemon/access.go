@@ -10,7 +10,6 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
-	"maps"
 	"net/http"
 	"slices"
 	"strings"
@@ -258,13 +257,6 @@ func (a *access) revokeKey(ctx context.Context, app, id string) error {
 		}
 		return nil
 	})
-}
-
-// names are the apps something was set of.
-func (a *access) names() []string {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	return slices.Sorted(maps.Keys(a.apps))
 }
 
 // accessLine tells a pusher who may use the app's URL, and how to change it.

@@ -1,7 +1,6 @@
 package daemon
 
 import (
-	"cmp"
 	"context"
 	"crypto/ed25519"
 	"crypto/hkdf"
@@ -450,5 +449,3 @@ func (r *repos) disconnect(ctx context.Context, c *connection) (left string, err
 }
 
 func shortCommit(c string) string { return c[:min(len(c), 7)] }
-
-func orNone(s string) string { return cmp.Or(s, "none") }

@@ -263,7 +263,7 @@ func (f *Forge) serveSSH(t testing.TB) {
 }
 
 func (f *Forge) session(ctx context.Context, ch ssh.Channel, reqs <-chan *ssh.Request) {
-	defer ch.Close()
+	defer ch.Close() //nolint:errcheck // a test
 	var env []string
 	for r := range reqs {
 		switch r.Type {

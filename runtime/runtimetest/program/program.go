@@ -14,6 +14,7 @@ import (
 	"net"
 	"net/http"
 	"os"
+	goruntime "runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -209,6 +210,7 @@ func hog(p Process, kind string) {
 					b[i] = 1
 				}
 				hog = append(hog, b)
+				goruntime.KeepAlive(hog)
 			}
 		case "fds":
 			var fs []*os.File
