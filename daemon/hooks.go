@@ -290,6 +290,23 @@ type job struct {
 	turn       *hookTurn
 }
 
+// endAttempt records how an attempt ended, unless a newer commit's attempt has
+// taken its place: a job that was superseded ends after the one that
+// superseded it has begun.
+func (r *repos) endAttempt(ctx context.Context, app string, a attempt) error {
+	was, rev, err := r.refs.Get(ctx, attemptKey(app, a.Ref))
+	if err != nil || was.Commit != a.Commit {
+		if m3o.KindOf(err) == m3o.NotFound {
+			return nil // the app is gone
+		}
+		return err
+	}
+	if _, err = r.refs.Update(ctx, attemptKey(app, a.Ref), a, rev); m3o.KindOf(err) == m3o.Conflict {
+		return nil
+	}
+	return err
+}
+
 // held says that rel was built while its app is locked.
 func (r *repos) held(ctx context.Context, rel m3o.Release) bool {
 	st, err := r.d.ledger.ReleaseStatus(ctx, rel.App, rel.Version)
@@ -319,7 +336,7 @@ func (j *job) run(ctx context.Context, deploy func(context.Context) (m3o.Release
 	defer wcancel()
 	state := "failed"
 	defer func() {
-		if _, perr := r.refs.Put(wctx, attemptKey(j.app, j.ref), attempt{j.ref, j.commit, state, time.Now().UTC()}); perr != nil {
+		if perr := r.endAttempt(wctx, j.app, attempt{j.ref, j.commit, state, time.Now().UTC()}); perr != nil {
 			r.d.log.Error("record attempt", "app", j.app, "err", perr)
 		}
 	}()

@@ -645,3 +645,23 @@ func TestLabelsOfBranches(t *testing.T) {
 		seen[name] = label
 	}
 }
+
+func TestASupersededJobDoesNotHaveTheNewerCommitBuiltAgain(t *testing.T) {
+	r := newShop(t).d.repos
+	const ref = "refs/heads/main"
+	if _, err := r.refs.Put(t.Context(), attemptKey("app", ref), attempt{Ref: ref, Commit: "newer", State: "building"}); err != nil {
+		t.Fatal(err)
+	}
+	if err := r.endAttempt(t.Context(), "app", attempt{Ref: ref, Commit: "older", State: "superseded"}); err != nil {
+		t.Fatal(err)
+	}
+	if is, _, err := r.refs.Get(t.Context(), attemptKey("app", ref)); err != nil || is.Commit != "newer" || is.State != "building" {
+		t.Fatalf("the newer attempt became %+v, %v", is, err)
+	}
+	if err := r.endAttempt(t.Context(), "app", attempt{Ref: ref, Commit: "newer", State: "live"}); err != nil {
+		t.Fatal(err)
+	}
+	if is, _, err := r.refs.Get(t.Context(), attemptKey("app", ref)); err != nil || is.State != "live" {
+		t.Fatalf("its end was not recorded: %+v, %v", is, err)
+	}
+}
