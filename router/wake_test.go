@@ -108,7 +108,9 @@ func TestFailedWakeIsAnsweredWithTheReason(t *testing.T) {
 	f := start(t)
 	f.put(t, asleep(appHost("nap", 1, HTTP1)), asleep(appHost("rpc", 1, GRPC)))
 	asks := f.asked(t)
+	told := make(chan struct{})
 	go func() {
+		defer close(told)
 		for range 3 {
 			if err := f.client.FailWake(t.Context(), <-asks, errors.New("web exited with code 3")); err != nil {
 				t.Error(err)
@@ -125,6 +127,7 @@ func TestFailedWakeIsAnsweredWithTheReason(t *testing.T) {
 	if status.Code(err) != codes.Unavailable || !strings.Contains(err.Error(), "web exited with code 3") {
 		t.Errorf("gRPC is told %v", err)
 	}
+	<-told
 }
 
 func TestGRPCCallWakesTheApp(t *testing.T) {
