@@ -134,7 +134,7 @@ func TestOneOffCommands(t *testing.T) {
 	if got := do("", "ps:exec", instance, "--", "tool", "env", "M3O_INSTANCE"); got.out != "M3O_INSTANCE="+instance+"\n" {
 		t.Errorf("in %s: %+v", instance, got)
 	}
-	if out, err := b.user(t, "stranger").try("", "m3o", "run", "-a", "oneoff", "--", "tool", "env", "COLOUR"); err == nil || !strings.Contains(out, "no app called oneoff") {
+	if out, err := b.user(t, "passer-by").try("", "m3o", "run", "-a", "oneoff", "--", "tool", "env", "COLOUR"); err == nil || !strings.Contains(out, "no app called oneoff") {
 		t.Errorf("a stranger: %v %s", err, out)
 	}
 
