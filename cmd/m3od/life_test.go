@@ -181,14 +181,14 @@ func TestIdleAppSleepsAndRequestsWakeIt(t *testing.T) {
 func TestVolumeSurvivesRedeploys(t *testing.T) {
 	b := theBox(t)
 	p := b.user(t, "vera")
-	dir := p.clone(t, "hello-volume", "notes")
+	dir := p.clone(t, "hello-volume", "jotter")
 	if out, err := p.push(dir); err != nil {
 		t.Fatalf("push: %v\n%s", err, out)
 	}
 	c := b.client(t)
 	add := func(note string) {
 		t.Helper()
-		res, err := c.Post(b.url("notes", "/?note="+note), "", nil)
+		res, err := c.Post(b.url("jotter", "/?note="+note), "", nil)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -200,7 +200,7 @@ func TestVolumeSurvivesRedeploys(t *testing.T) {
 	p.must(t, dir, "m3o", "storage:create", "data")
 	p.must(t, dir, "m3o", "storage:mount", "data", "/data")
 	add("one")
-	steady := startProbe(t, b, "notes", "/")
+	steady := startProbe(t, b, "jotter", "/")
 	setVersion(t, p, dir, "2")
 	out, err := p.push(dir)
 	if err != nil {
@@ -216,7 +216,7 @@ func TestVolumeSurvivesRedeploys(t *testing.T) {
 	if n, bad := steady.stop(); bad > 0 {
 		t.Errorf("%d of %d requests failed: %s", bad, n, steady.first)
 	}
-	if _, body := b.get(t, "notes", "/"); !slices.Equal(strings.Fields(body), []string{"one", "two", "three"}) {
+	if _, body := b.get(t, "jotter", "/"); !slices.Equal(strings.Fields(body), []string{"one", "two", "three"}) {
 		t.Errorf("the notes are %q", body)
 	}
 	if out, err := p.try(dir, "m3o", "ps:scale", "web=2"); err == nil || !strings.Contains(out, "same files") {
@@ -236,7 +236,7 @@ func TestVolumeSurvivesRedeploys(t *testing.T) {
 		t.Errorf("a broken push: %v\n%s", err, out)
 	}
 	eventually(t, "the old release has the volume again", func() bool {
-		_, body := b.get(t, "notes", "/")
+		_, body := b.get(t, "jotter", "/")
 		return slices.Equal(strings.Fields(body), []string{"one", "two", "three"})
 	})
 	if out, err := p.try(dir, "m3o", "storage:destroy", "data", "--confirm", "data"); err == nil {
@@ -247,10 +247,10 @@ func TestVolumeSurvivesRedeploys(t *testing.T) {
 	}
 	p.must(t, dir, "m3o", "storage:unmount", "data")
 	p.must(t, dir, "m3o", "storage:destroy", "data", "--confirm", "data")
-	if _, err := os.Stat(filepath.Join(b.data, "volumes", "notes", "data")); err == nil {
+	if _, err := os.Stat(filepath.Join(b.data, "volumes", "jotter", "data")); err == nil {
 		t.Error("the volume's directory is still there")
 	}
-	p.must(t, dir, "m3o", "destroy", "--confirm", "notes")
+	p.must(t, dir, "m3o", "destroy", "--confirm", "jotter")
 }
 
 // A release that was healthy and then crashes again and again is explained,
