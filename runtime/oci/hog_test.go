@@ -43,10 +43,10 @@ func TestHogsEndAtTheirLimits(t *testing.T) {
 	// What is in /tmp counts as memory, so a small instance cannot have much of it.
 	small := w
 	small.MemoryBytes = 64 << 20
-	var out bytes.Buffer
-	code, err := d.Run(t.Context(), small, runtime.Cmd{Args: []string{"/server", "fill"}, Out: &out, Err: &out})
-	if err != nil || code != 137 || !strings.Contains(out.String(), "out of memory") {
-		t.Errorf("filling /tmp with 64 MB of memory = %d, %v, %q", code, err, out.String())
+	var out, errOut bytes.Buffer
+	code, err := d.Run(t.Context(), small, runtime.Cmd{Args: []string{"/server", "fill"}, Out: &out, Err: &errOut})
+	if err != nil || code != 137 || !strings.Contains(out.String()+errOut.String(), "out of memory") {
+		t.Errorf("filling /tmp with 64 MB of memory = %d, %v, %q %q", code, err, out.String(), errOut.String())
 	}
 	answers("running out of memory")
 	w.Pids = 64

@@ -5,6 +5,7 @@ package oci_test
 import (
 	"context"
 	"fmt"
+	"net/http"
 	"os"
 	"path/filepath"
 	"strings"
@@ -98,7 +99,7 @@ func TestRestartOfTheMachineBringsEveryAppBack(t *testing.T) {
 		}
 		for _, in := range ins {
 			if in.Addr != "" {
-				get(t, in, "/")
+				answersAgain(t, in.Addr)
 			}
 		}
 	}
@@ -109,6 +110,21 @@ func TestRestartOfTheMachineBringsEveryAppBack(t *testing.T) {
 	}
 	if left := r.leftovers(t); len(left) > 0 {
 		t.Errorf("left:\n%s", strings.Join(left, "\n"))
+	}
+}
+
+// answersAgain waits until an instance of the machine before its restart serves.
+func answersAgain(t *testing.T, addr string) {
+	t.Helper()
+	for deadline := time.Now().Add(20 * time.Second); ; <-time.After(10 * time.Millisecond) {
+		res, err := http.Get("http://" + addr + "/")
+		if err == nil {
+			_ = res.Body.Close()
+			return
+		}
+		if time.Now().After(deadline) {
+			t.Fatal(err)
+		}
 	}
 }
 
