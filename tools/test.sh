@@ -20,8 +20,8 @@ run() { # name, flags…
   go test -race -shuffle=on -v "$@" >"$out/$name" 2>&1 || failed=1
   grep -E '^(--- FAIL|FAIL|panic:|ok  |\?   )|DATA RACE' "$out/$name" | grep -v 'no test files' || true
 }
-[ ${#light[@]} -eq 0 ] || run light -p 2 -timeout 10m "${light[@]}"
-[ ${#slow[@]} -eq 0 ] || run slow -p 1 -timeout 25m "${slow[@]}"
+[ ${#light[@]} -eq 0 ] || run light -p 2 -timeout 15m "${light[@]}"
+[ ${#slow[@]} -eq 0 ] || run slow -p 1 -timeout 40m "${slow[@]}"
 
 if [ $failed -ne 0 ]; then
   echo
