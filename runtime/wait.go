@@ -96,6 +96,7 @@ func waitReady(ctx context.Context, d Driver, r Ref, n int, counts func(m3o.Inst
 	defer func() { cancel(); <-done }()
 
 	all := map[string]m3o.Instance{}
+	before := map[string]int{} // restarts there were when an instance was first seen: those of another start
 	timed, listed := false, false
 	for {
 		if ready := readyOf(all); listed && len(ready) >= n {
@@ -121,6 +122,9 @@ func waitReady(ctx context.Context, d Driver, r Ref, n int, counts func(m3o.Inst
 				delete(all, in.ID) // it was told to go
 				continue
 			}
+			if _, seen := before[in.ID]; !seen {
+				before[in.ID] = in.Restarts
+			}
 			all[in.ID] = in
 			if listed && onChange != nil {
 				onChange(in)
@@ -129,7 +133,7 @@ func waitReady(ctx context.Context, d Driver, r Ref, n int, counts func(m3o.Inst
 				timed = true
 				late.Reset(time.Until(began.Add(cmp.Or(rep.Workload.Health.Timeout, DefaultReady))))
 			}
-			if in.Phase == m3o.Exited && in.Restarts > 0 {
+			if in.Phase == m3o.Exited && in.Restarts > before[in.ID] {
 				return nil, failed(ctx, d, r, in, exitWords(d, r, in))
 			}
 		}
