@@ -43,6 +43,9 @@ type conn struct {
 
 	authenticated bool // guarded by Server.mu
 
+	refusals  []string // keys nobody has; like explained, of the handshake's goroutine alone
+	explained bool
+
 	mu       sync.Mutex // guards all below
 	ended    bool
 	open     int            // channels
@@ -134,7 +137,8 @@ func (c *conn) config(ssh.Context) *gossh.ServerConfig {
 			Ciphers: []string{gossh.CipherAES128GCM, gossh.CipherAES256GCM},
 			MACs:    []string{gossh.HMACSHA256ETM, gossh.HMACSHA512ETM},
 		},
-		MaxAuthTries: maxAuthTries,
+		MaxAuthTries:                maxAuthTries,
+		KeyboardInteractiveCallback: c.explain,
 		PublicKeyAuthAlgorithms: []string{
 			gossh.KeyAlgoED25519, gossh.KeyAlgoSKED25519, gossh.KeyAlgoECDSA256, gossh.KeyAlgoSKECDSA256,
 			gossh.KeyAlgoECDSA384, gossh.KeyAlgoECDSA521, gossh.KeyAlgoRSASHA256, gossh.KeyAlgoRSASHA512,
@@ -161,6 +165,7 @@ func (c *conn) offer(ctx ssh.Context, key ssh.PublicKey) bool {
 	_, _, err := c.s.cfg.Users.UserByKey(ctx, wire)
 	if err != nil {
 		ctx.Permissions().Permissions = nil
+		c.refused(wire)
 		if m3o.KindOf(err) != m3o.NotFound && ctx.Err() == nil {
 			c.s.log.Error("look up ssh key", "err", err)
 		}

@@ -331,7 +331,7 @@ func (s *site) addKey(name, user string) gossh.Signer {
 // sshArgs are the options of a client that knows nothing but the site.
 func (s *site) sshArgs(keys ...string) []string {
 	_, port, _ := net.SplitHostPort(s.addr)
-	args := []string{"-F", "none", "-p", port, "-o", "IdentitiesOnly=yes", "-o", "BatchMode=yes", "-o", "IdentityAgent=none",
+	args := []string{"-F", "none", "-p", port, "-o", "IdentitiesOnly=yes", "-o", "IdentityAgent=none",
 		"-o", "StrictHostKeyChecking=yes", "-o", "UserKnownHostsFile=" + filepath.Join(s.dir, "known_hosts")}
 	for _, k := range keys {
 		args = append(args, "-i", filepath.Join(s.dir, k))

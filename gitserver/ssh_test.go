@@ -45,14 +45,18 @@ func TestAnUnknownKeyIsRefused(t *testing.T) {
 	s := newSite(t, siteConfig{})
 	s.addKey("stranger", "")
 	out, code := s.ssh([]string{"stranger"}, nil, "true")
-	wants(t, out, "Permission denied (publickey)")
+	wants(t, out, "Permission denied (publickey")
+	wants(t, out, "no key your SSH client offered is registered here:", "ssh-ed25519 SHA256:", "m3o keys:add")
+	if n := strings.Count(out, "registered here"); n != 1 {
+		t.Errorf("said %d times:\n%s", n, out)
+	}
 	if code != 255 {
 		t.Errorf("exit code %d", code)
 	}
 	c := s.work("hello")
 	c.commit("a", "1")
 	c.key = "stranger"
-	wants(t, c.mustNot("push", "m3o", "main"), "Permission denied (publickey)")
+	wants(t, c.mustNot("push", "m3o", "main"), "Permission denied (publickey", "m3o keys:add")
 	wantEvents(t, s, "")
 }
 
@@ -77,6 +81,9 @@ func TestOfferingAnothersPublicKeyGivesNothing(t *testing.T) {
 	wants(t, out, "Hello mallory!")
 	out, _ = s.ssh([]string{"unknown", "mallory"}, nil, "true")
 	wants(t, out, "Hello mallory!")
+	if strings.Contains(out, "registered") {
+		t.Errorf("a key that was not the last is complained of:\n%s", out)
+	}
 }
 
 func TestNothingButPublicKeysAuthenticates(t *testing.T) {
