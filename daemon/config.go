@@ -36,6 +36,8 @@ type Config struct {
 	BuildTimeout     time.Duration // a build is stopped after this
 	BuildConcurrency int           // builds at once; default 2
 	BuildMemory      Bytes         // of all builds together, bytes; default 4 GB
+	BuildPids        int           // processes and threads of all builds together; default 4096
+	BuildDisk        Bytes         // what one step of a build may write; default 10 GB
 	BuildCache       Bytes         // disk for layers and caches of builds, bytes; default 20 GB
 	GoProxy          string        // where builds get modules and toolchains, as GOPROXY; default that of the go command here
 	Runtime          string        // "oci" or "process"
@@ -175,6 +177,8 @@ var options = []option{
 	dur("build-timeout", "a build is stopped after this", func(c *Config) *time.Duration { return &c.BuildTimeout }),
 	whole("build-concurrency", "builds at once; users take turns", 1, 64, func(c *Config) *int { return &c.BuildConcurrency }),
 	size("build-memory", "memory of all builds together, such as 4GB", func(c *Config) *Bytes { return &c.BuildMemory }),
+	whole("build-pids", "processes and threads of all builds together", 64, 1<<20, func(c *Config) *int { return &c.BuildPids }),
+	size("build-disk", "what one step of a build may write, such as 10GB", func(c *Config) *Bytes { return &c.BuildDisk }),
 	size("build-cache", "disk for the layers and caches of builds, such as 20GB; the least used go first", func(c *Config) *Bytes { return &c.BuildCache }),
 	str("goproxy", "where builds get Go modules and toolchains, a list as GOPROXY (default: GOPROXY, or what go env says)", func(c *Config) *string { return &c.GoProxy }),
 	str("runtime", "oci (containers, needs root) or process (unisolated, for development)", func(c *Config) *string { return &c.Runtime }),
@@ -335,6 +339,8 @@ func (c *Config) Validate() error {
 	}
 	c.BuildConcurrency = cmp.Or(c.BuildConcurrency, 2)
 	c.BuildMemory = cmp.Or(c.BuildMemory, 4<<30)
+	c.BuildPids = cmp.Or(c.BuildPids, 4096)
+	c.BuildDisk = cmp.Or(c.BuildDisk, 10<<30)
 	c.BuildCache = cmp.Or(c.BuildCache, 20<<30)
 	if c.Handover == 0 {
 		c.Handover = 10 * time.Minute

@@ -204,19 +204,23 @@ func checkTip(ctx context.Context, src m3o.Source) error {
 
 // build plans from the tree and builds the image.
 func (d *Daemon) build(ctx context.Context, src m3o.Source, tree *source.Tree, w io.Writer) (*buildpacks.Plan, interfaces, build.Result, error) {
-	ctx, cancel := context.WithTimeoutCause(ctx, d.cfg.BuildTimeout, &m3o.Error{Kind: m3o.Invalid,
-		Msg: fmt.Sprintf("the build took longer than %s and was stopped", d.cfg.BuildTimeout), Hint: "m3od --build-timeout changes the limit"})
-	defer cancel()
 	if src.Image != "" {
 		plan, res, err := d.takeImage(ctx, src, w)
 		return plan, interfaces{}, res, err
 	}
-	plan, err := d.plan(ctx, tree)
-	if err != nil {
-		return nil, interfaces{}, build.Result{}, err
+	// The builder's own limit begins with its turn: waiting for one is no fault of the build.
+	pctx, cancel := context.WithTimeoutCause(ctx, d.cfg.BuildTimeout, &m3o.Error{Kind: m3o.Invalid,
+		Msg: fmt.Sprintf("the build was ended: reading the source took longer than %s", d.cfg.BuildTimeout), Hint: "make it smaller, or raise m3od --build-timeout"})
+	defer cancel()
+	plan, err := d.plan(pctx, tree)
+	var api interfaces
+	if err == nil {
+		api, err = d.compile(pctx, src, tree, plan, output{w})
 	}
-	api, err := d.compile(ctx, src, tree, plan, output{w})
 	if err != nil {
+		if cause := context.Cause(pctx); cause != nil {
+			err = cause
+		}
 		return nil, api, build.Result{}, err
 	}
 	if err := d.askedEnv(ctx, src.App, src.User, plan); err != nil {

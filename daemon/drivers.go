@@ -57,7 +57,7 @@ func (d *Daemon) openEngines(ctx context.Context) error {
 	}
 	bin := func(name string) string { return filepath.Join(d.cfg.Bin, name) }
 	b, err := build.Open(ctx, build.Config{Dir: d.cfg.path("build"), Buildkitd: bin("buildkitd"), Runc: bin("runc"), Addr: d.cfg.BuildkitAddr,
-		Timeout: d.cfg.BuildTimeout, Concurrency: d.cfg.BuildConcurrency, Memory: int64(d.cfg.BuildMemory), Cache: int64(d.cfg.BuildCache), GoProxy: d.goProxy(ctx), Blocked: []netip.Prefix{d.subnet(), netip.MustParsePrefix(defaultSubnet)}, Log: d.log})
+		Timeout: d.cfg.BuildTimeout, Concurrency: d.cfg.BuildConcurrency, Memory: int64(d.cfg.BuildMemory), Pids: d.cfg.BuildPids, Disk: int64(d.cfg.BuildDisk), Cache: int64(d.cfg.BuildCache), GoProxy: d.goProxy(ctx), Blocked: []netip.Prefix{d.subnet(), netip.MustParsePrefix(defaultSubnet)}, Log: d.log})
 	if err != nil {
 		return fmt.Errorf("open builder: %w", err)
 	}

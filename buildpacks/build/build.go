@@ -53,8 +53,10 @@ type Config struct {
 	NoNetns bool
 
 	Concurrency int           // builds at once; default 2
-	Timeout     time.Duration // of one build; default 15 min
-	Memory      int64         // of all builds together, bytes; default 4 GB
+	Timeout     time.Duration // of one build, from its turn in the queue on; default 15 min
+	Memory      int64         // of the steps of all builds together, bytes; default 4 GB
+	Pids        int           // processes and threads of all builds together; default 4096
+	Disk        int64         // what one step of a build may write, bytes; default 10 GB
 	Cache       int64         // disk for layers and caches, bytes; default 20 GB
 	Log         *slog.Logger  // nil discards
 }
@@ -76,6 +78,12 @@ func (c Config) withDefaults() (Config, error) {
 	if c.Memory == 0 {
 		c.Memory = 4 << 30
 	}
+	if c.Pids == 0 {
+		c.Pids = 4096
+	}
+	if c.Disk == 0 {
+		c.Disk = 10 << 30
+	}
 	if c.Cache == 0 {
 		c.Cache = 20 << 30
 	}
@@ -93,7 +101,7 @@ func (c Config) withDefaults() (Config, error) {
 			faults = append(faults, fmt.Sprintf("Blocked has %s, which is not IPv4", b))
 		}
 	}
-	if c.Concurrency < 0 || c.Timeout < 0 || c.Memory < 0 || c.Cache < 0 {
+	if c.Concurrency < 0 || c.Timeout < 0 || c.Memory < 0 || c.Pids < 0 || c.Disk < 0 || c.Cache < 0 {
 		faults = append(faults, "a limit is negative")
 	}
 	if c.Addr == "" {
@@ -155,6 +163,7 @@ type Builder struct {
 	images     content.Store
 	builds     *queue
 	cgroup     *cgroup  // nil: none to be had
+	guard      *guard   // nil without a cgroup
 	network    *network // nil: NoNetns or external
 	client     *client.Client
 	base       baseLayers
@@ -236,12 +245,13 @@ func (b *Builder) openSupervised(ctx context.Context) error {
 	}
 	if err == nil {
 		// Tried now: a machine that has no right to make groups says so here.
-		err = cg.create(b.cfg.Memory)
+		err = cg.create(b.cfg.Memory, b.cfg.Pids)
 	}
 	if err != nil {
 		b.log.Warn("builds are not limited: no cgroup can be made", "err", err)
 	} else {
 		b.cgroup = cg
+		b.guard = &guard{cgroup: cg, dir: b.cfg.Dir, disk: b.cfg.Disk, pids: b.cfg.Pids}
 	}
 	if b.cfg.NoNetns {
 		b.log.Warn("builds share the host's network and can reach everything it can", "setting", "NoNetns")

@@ -54,6 +54,11 @@ func (b *Builder) Run(ctx context.Context) (err error) {
 			defer stop()
 		}
 	}
+	if b.guard != nil {
+		var watching sync.WaitGroup
+		watching.Go(func() { b.guard.run(ctx, b.builds.busy) })
+		defer watching.Wait()
+	}
 	pause := firstPause
 	for ctx.Err() == nil {
 		began := time.Now()
@@ -147,7 +152,7 @@ func (b *Builder) once(ctx context.Context) error {
 		if err := b.cgroup.kill(kctx); err != nil {
 			return err
 		}
-		if err := b.cgroup.create(b.cfg.Memory); err != nil {
+		if err := b.cgroup.create(b.cfg.Memory, b.cfg.Pids); err != nil {
 			return err
 		}
 	}

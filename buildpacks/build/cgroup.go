@@ -16,7 +16,7 @@ import (
 )
 
 // A cgroup is the control group of BuildKit and of the steps it runs, below
-// the apps in weight and bounded in memory. Its two children are "daemon",
+// the apps in weight and bounded in memory and processes. Its two children are "daemon",
 // where buildkitd is, and "steps", below which BuildKit puts each step: cgroup
 // v2 allows processes only in leaves.
 type cgroup struct {
@@ -63,31 +63,65 @@ func findCgroup(name string) (*cgroup, error) {
 // are only looked through when it is removed: runc makes groups there too.
 var limited = []string{"pids", "memory", "cpu", "blkio"}
 
-func (c *cgroup) create(memory int64) error {
+// daemonMemory is what buildkitd may have beside its steps. The steps' limit is
+// of their own group: a step that reaches it must not cost buildkitd its life.
+const daemonMemory = 512 << 20
+
+func (c *cgroup) create(memory int64, pids int) error {
 	if c.v2 {
-		return c.create2(memory)
+		return c.create2(memory, pids)
 	}
 	for _, root := range c.roots {
 		if !slices.Contains(limited, filepath.Base(root)) {
 			continue
 		}
 		top := filepath.Join(root, c.name)
-		if err := os.MkdirAll(filepath.Join(top, "daemon"), 0o755); err != nil {
+		if err := os.MkdirAll(top, 0o755); err != nil {
 			return fmt.Errorf("make cgroup: %w", err)
 		}
-		c.weigh(top)
 		if filepath.Base(root) == "memory" {
 			// Refused as busy where an older kernel has children already; harmless then.
 			_ = set(top, "memory.use_hierarchy", "1")
-			if err := set(top, "memory.limit_in_bytes", strconv.FormatInt(memory, 10)); err != nil {
+		}
+		for _, child := range []string{"daemon", "steps"} {
+			if err := os.MkdirAll(filepath.Join(top, child), 0o755); err != nil {
+				return fmt.Errorf("make cgroup: %w", err)
+			}
+		}
+		c.weigh(top)
+		steps := filepath.Join(top, "steps")
+		switch filepath.Base(root) {
+		case "memory":
+			err := set(top, "memory.limit_in_bytes", strconv.FormatInt(memory+daemonMemory, 10))
+			if err == nil {
+				err = limitSteps(steps, memory)
+			}
+			if err != nil {
 				return fmt.Errorf("limit memory of builds: %w", err)
+			}
+		case "pids":
+			if err := set(steps, "pids.max", strconv.Itoa(pids)); err != nil {
+				return fmt.Errorf("limit processes of builds: %w", err)
 			}
 		}
 	}
 	return nil
 }
 
-func (c *cgroup) create2(memory int64) error {
+// limitSteps sets the memory of steps where there is a hierarchy of its own
+// for it. Swap counts as memory: builds that swap slow down everybody.
+func limitSteps(dir string, memory int64) error {
+	n := strconv.FormatInt(memory, 10)
+	// The limit with swap must never be below the one without.
+	_ = set(dir, "memory.memsw.limit_in_bytes", n)
+	if err := set(dir, "memory.limit_in_bytes", n); err != nil {
+		return err
+	}
+	_ = set(dir, "memory.memsw.limit_in_bytes", n) // a kernel may not account for swap
+	return nil
+}
+
+func (c *cgroup) create2(memory int64, pids int) error {
 	top := filepath.Join(cgroupRoot, c.name)
 	const controllers = "+cpu +memory +io +pids"
 	for _, ctl := range strings.Fields(controllers) {
@@ -97,8 +131,23 @@ func (c *cgroup) create2(memory int64) error {
 		return fmt.Errorf("make cgroup: %w", err)
 	}
 	c.weigh(top)
-	if err := set(top, "memory.max", strconv.FormatInt(memory, 10)); err != nil {
+	for _, ctl := range strings.Fields(controllers) {
+		_ = set(top, "cgroup.subtree_control", ctl)
+	}
+	steps := filepath.Join(top, "steps")
+	if err := os.MkdirAll(steps, 0o755); err != nil {
+		return fmt.Errorf("make cgroup: %w", err)
+	}
+	err := set(top, "memory.max", strconv.FormatInt(memory+daemonMemory, 10))
+	if err == nil {
+		err = set(steps, "memory.max", strconv.FormatInt(memory, 10))
+	}
+	if err != nil {
 		return fmt.Errorf("limit memory of builds: %w", err)
+	}
+	_ = set(steps, "memory.swap.max", "0") // builds that swap slow down everybody
+	if err := set(steps, "pids.max", strconv.Itoa(pids)); err != nil {
+		return fmt.Errorf("limit processes of builds: %w", err)
 	}
 	return nil
 }
@@ -136,11 +185,8 @@ func (c *cgroup) pids() []int {
 			if err != nil || !de.IsDir() {
 				return nil //nolint:nilerr // groups vanish while they are listed
 			}
-			b, _ := os.ReadFile(filepath.Join(p, "cgroup.procs"))
-			for f := range strings.FieldsSeq(string(b)) {
-				if pid, err := strconv.Atoi(f); err == nil {
-					seen[pid] = true
-				}
+			for _, pid := range procs(p) {
+				seen[pid] = true
 			}
 			return nil
 		})

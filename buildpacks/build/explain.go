@@ -39,7 +39,11 @@ func (b *Builder) explain(ctx context.Context, gen int, err, layer error, w *wat
 	}
 	if x, ok := errors.AsType[*gatewaypb.ExitError](err); ok && !b.diedSince(gen) {
 		tool := w.failed(err)
-		return explainExit(tool, x.ExitCode, w.out.said(tool), err)
+		said := w.out.said(tool)
+		if e := b.overLimit(x.ExitCode, said, err); e != nil {
+			return e
+		}
+		return explainExit(tool, x.ExitCode, said, err)
 	}
 	if layer != nil && !errors.Is(layer, io.ErrClosedPipe) {
 		if d := disk(layer); d != layer {
@@ -78,9 +82,6 @@ func explainExit(tool string, code uint32, said []string, err error) error {
 	all := strings.Join(said, "\n")
 	if strings.Contains(all, noSpace) {
 		return diskFull(err)
-	}
-	if code == 137 || strings.Contains(all, "signal: killed") {
-		return &m3o.Error{Kind: m3o.Unavailable, Msg: "the build was killed: it needed more memory than builds may use", Hint: "push again, or raise the daemon's memory for builds", Err: err}
 	}
 	if !isTool(tool) {
 		return explainRun(tool, code, said, err)

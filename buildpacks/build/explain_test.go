@@ -20,8 +20,6 @@ func TestExplainExit(t *testing.T) {
 		"go's own":       {1, "go: downloading x v1\ngo: updates to go.mod needed; to update it:\n\tgo mod tidy", m3o.Invalid, "go: updates to go.mod needed; to update it:", "go mod tidy"},
 		"the linker":     {1, "# x\nlink: main.f: relocation target y not defined", m3o.Invalid, "link: main.f: relocation target y not defined", "fix it"},
 		"silent":         {2, "", m3o.Invalid, "go build ended with exit code 2 and said nothing", ""},
-		"out of memory":  {1, "# x\ngo: x: /usr/local/go/pkg/tool/linux_amd64/compile: signal: killed", m3o.Unavailable, "the build was killed: it needed more memory than builds may use", "memory"},
-		"killed":         {137, "", m3o.Unavailable, "the build was killed: it needed more memory than builds may use", "memory"},
 		"disk full":      {1, "write /x: no space left on device\n./a.go:1:2: x", m3o.Unavailable, "the disk of the build machine is full", "free space"},
 		"proxy down":     {1, `main.go:3:8: a.b/c@v1: Get "https://p/a.b/c/@v/v1.zip": dial tcp: lookup p: no such host`, m3o.Unavailable, `main.go:3:8: a.b/c@v1: Get "https://p/a.b/c/@v/v1.zip": dial tcp: lookup p: no such host`, "push again"},
 		"EOF in code":    {1, "./a.go:1:2: syntax error: unexpected EOF", m3o.Invalid, "./a.go:1:2: syntax error: unexpected EOF", "fix it"},

@@ -61,6 +61,13 @@ func (q *queue) enter(ctx context.Context, user string, waited func(ahead int)) 
 	}), nil
 }
 
+// busy reports whether any build runs.
+func (q *queue) busy() bool {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	return len(q.running) > 0
+}
+
 // leave gives a turn back. Called with mu held.
 func (q *queue) leave(user string) {
 	q.free++

@@ -83,7 +83,7 @@ func (b *Builder) Build(ctx context.Context, req Request) (Result, error) {
 	}
 	defer done()
 	tctx, cancel := context.WithTimeoutCause(ctx, b.cfg.Timeout, &m3o.Error{Kind: m3o.Invalid,
-		Msg: fmt.Sprintf("the build took longer than %s", b.cfg.Timeout), Hint: "make the build smaller, or raise the daemon's build timeout"})
+		Msg: fmt.Sprintf("the build was ended: it took longer than %s", b.cfg.Timeout), Hint: "make it shorter, or raise m3od --build-timeout"})
 	defer cancel()
 	res, err := b.build(tctx, req, out)
 	if err != nil {

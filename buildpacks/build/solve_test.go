@@ -383,7 +383,7 @@ func TestTooLongABuildSaysSo(t *testing.T) {
 	b.cfg.Timeout = time.Second
 	defer func() { b.cfg.Timeout = long }()
 	_, out, err := push(t.Context(), t, b, repo(t, slow()))
-	if m3o.KindOf(err) != m3o.Invalid || err.Error() != "the build took longer than 1s" {
+	if m3o.KindOf(err) != m3o.Invalid || err.Error() != "the build was ended: it took longer than 1s" || !strings.Contains(m3o.HintOf(err), "--build-timeout") {
 		t.Errorf("Build = %v\n%s", err, out)
 	}
 }
