@@ -18,6 +18,7 @@ import (
 	"gopkg.in/yaml.v3"
 
 	"github.com/m3o/m3o"
+	"github.com/m3o/m3o/buildpacks/advisory"
 )
 
 // Config is the daemon's own settings. Every field is a flag, a variable
@@ -40,6 +41,7 @@ type Config struct {
 	BuildDisk        Bytes         // what one step of a build may write; default 10 GB
 	BuildCache       Bytes         // disk for layers and caches of builds, bytes; default 20 GB
 	GoProxy          string        // where builds get modules and toolchains, as GOPROXY; default that of the go command here
+	GoVulnDB         string        // address of a Go vulnerability database, or "off"; default GOVULNDB, or the Go project's
 	Runtime          string        // "oci" or "process"
 	Subnet           string        // addresses of instances
 	Name             string        // tells installations on one host apart: network devices, firewall table, cgroups
@@ -181,6 +183,7 @@ var options = []option{
 	size("build-disk", "what one step of a build may write, such as 10GB", func(c *Config) *Bytes { return &c.BuildDisk }),
 	size("build-cache", "disk for the layers and caches of builds, such as 20GB; the least used go first", func(c *Config) *Bytes { return &c.BuildCache }),
 	str("goproxy", "where builds get Go modules and toolchains, a list as GOPROXY (default: GOPROXY, or what go env says)", func(c *Config) *string { return &c.GoProxy }),
+	str("go-vuln-db", "Go vulnerability database that schedules for rebuild --if-outdated read: an https:// or file:/// address, or off (default: GOVULNDB, or https://vuln.go.dev)", func(c *Config) *string { return &c.GoVulnDB }),
 	str("runtime", "oci (containers, needs root) or process (unisolated, for development)", func(c *Config) *string { return &c.Runtime }),
 	str("subnet", "addresses of instances", func(c *Config) *string { return &c.Subnet }),
 	str("name", "tells installations on one host apart, 1 to 7 of a-z and 0-9 (default m3o)", func(c *Config) *string { return &c.Name }),
@@ -387,6 +390,11 @@ func (c *Config) Validate() error {
 	}
 	if !slices.Contains([]string{"oci", "process"}, c.Runtime) {
 		bad("runtime: %q is neither oci nor process", c.Runtime)
+	}
+	if v := c.vulnDB(); v != "off" {
+		if _, err := advisory.Open(v); err != nil {
+			bad("go-vuln-db: %v", err)
+		}
 	}
 	if got := c.trustedProxies(); len(got) != len(fields(c.TrustedProxies)) {
 		bad("trusted-proxies: %q is not a list of addresses and networks", c.TrustedProxies)

@@ -36,6 +36,7 @@ type builder interface {
 	Build(ctx context.Context, r build.Request) (build.Result, error)
 	Attach(ctx context.Context, image string, a build.Attachment) error
 	Current(ctx context.Context, toolchain string) (build.Basis, error)
+	Fetch(ctx context.Context, toolchain string, say func(format string, args ...any)) error
 	Attached(ctx context.Context, image, typ string) ([]byte, error)
 	SBOM(ctx context.Context, image string) ([]byte, error)
 	Compare(ctx context.Context, one, other string) ([]string, error)

@@ -1,6 +1,7 @@
 package daemon
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -36,6 +37,9 @@ type pretend struct {
 	builder            // for what no deploy of these tests calls
 	mu      sync.Mutex // guards built
 	built   []build.Request
+	now     build.Basis // what a build uses
+	next    string      // the base that a fetched toolchain has
+	sbom    string
 	onward  func(ctx context.Context, r build.Request) error // decides how a build ends; nil: well
 }
 
@@ -48,18 +52,24 @@ func (p *pretend) Build(ctx context.Context, r build.Request) (build.Result, err
 			return build.Result{}, err
 		}
 	}
-	return build.Result{Image: "sha256:" + r.Commit + strings.Repeat("0", 24)}, nil
+	return build.Result{Image: "sha256:" + r.Commit + strings.Repeat("0", 24), Basis: p.now}, nil
 }
 func (p *pretend) Import(context.Context, string, io.Reader) (build.Result, error) {
 	return build.Result{}, errors.New("no images here")
 }
-func (p *pretend) SBOM(context.Context, string) ([]byte, error)           { return []byte("{}"), nil }
+func (p *pretend) SBOM(context.Context, string) ([]byte, error) {
+	return []byte(cmp.Or(p.sbom, "{}")), nil
+}
 func (p *pretend) Attach(context.Context, string, build.Attachment) error { return nil }
-func (p *pretend) Current(context.Context, string) (build.Basis, error)   { return build.Basis{}, nil }
-func (p *pretend) Run(ctx context.Context) error                          { <-ctx.Done(); return nil }
-func (p *pretend) Ready(context.Context) error                            { return nil }
-func (p *pretend) Prune(context.Context, []string) error                  { return nil }
-func (p *pretend) Images() string                                         { return "" }
+func (p *pretend) Current(context.Context, string) (build.Basis, error)   { return p.now, nil }
+func (p *pretend) Fetch(_ context.Context, version string, _ func(string, ...any)) error {
+	p.now = build.Basis{Toolchain: version, Base: p.next}
+	return nil
+}
+func (p *pretend) Run(ctx context.Context) error         { <-ctx.Done(); return nil }
+func (p *pretend) Ready(context.Context) error           { return nil }
+func (p *pretend) Prune(context.Context, []string) error { return nil }
+func (p *pretend) Images() string                        { return "" }
 
 // commits are what was built, app and commit.
 func (p *pretend) commits() []string {

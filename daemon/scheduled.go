@@ -48,22 +48,41 @@ func (d *Daemon) scheduledRebuild(ctx context.Context, rec schedule, out io.Writ
 		return "", 0, err
 	}
 	if rec.IfOutdated {
-		why, err := d.outdated(ctx, src)
+		s, err := d.outdated(ctx, src)
 		if err != nil {
 			return "", 0, err
 		}
-		if why == "" {
+		if s.Why == "" && s.Known != "" {
+			return "nothing is outdated: not rebuilt; known before it was built: " + s.Known, 0, nil
+		} else if s.Why == "" {
 			return "nothing is outdated: not rebuilt", 0, nil
 		}
-		src.Via += ": " + why
+		src.Via += ": " + s.Why
+		if err := d.fetchToolchain(ctx, s.Toolchain, out); err != nil {
+			return "", 0, err
+		}
 	}
-	// A rebuild is asked for to get what has changed around the source, so
-	// nothing of the last build counts but the module and compiler caches.
 	rel, err := d.deployCommit(ctx, src, out)
 	if err != nil {
 		return "", 0, err
 	}
 	return d.deployed(ctx, rel), rel.Version, nil
+}
+
+// fetchToolchain has a toolchain here before the build that is to use it: that
+// takes minutes, in which the app's lane is free for pushes.
+func (d *Daemon) fetchToolchain(ctx context.Context, version string, out io.Writer) error {
+	if version == "" {
+		return nil
+	}
+	ctx, cancel := context.WithTimeoutCause(ctx, d.cfg.BuildTimeout, &m3o.Error{Kind: m3o.Unavailable,
+		Msg: fmt.Sprintf("%s did not come within %s", version, d.cfg.BuildTimeout), Hint: "the module proxy is slow; m3od --build-timeout changes the limit"})
+	defer cancel()
+	err := d.builder.Fetch(ctx, version, output{out}.step)
+	if cause := context.Cause(ctx); err != nil && cause != nil {
+		return cause
+	}
+	return err
 }
 
 // deployed words what came of a deploy that went well.

@@ -51,7 +51,8 @@ type toolchains struct {
 	hostGo  string // GOROOT of the host's go, "" when none
 	hostVer string // its version
 
-	mu sync.Mutex // one is made at a time
+	mu     sync.Mutex               // guards making
+	making map[string]chan struct{} // by version; closed when that is made or given up
 }
 
 func openToolchains(ctx context.Context, dir string, cfg Config) (*toolchains, error) {
@@ -116,8 +117,6 @@ func hostGo(ctx context.Context) (root, version string) {
 // list decides: the newest patch of want's own Go 1.N, else the newest release
 // at all that is at least want. Release candidates count only if want is one.
 func (t *toolchains) get(ctx context.Context, want string, say func(format string, args ...any)) (toolchain, error) {
-	t.mu.Lock()
-	defer t.mu.Unlock()
 	made := t.made()
 	known := made
 	if t.hostVer != "" {
@@ -136,18 +135,26 @@ func (t *toolchains) get(ctx context.Context, want string, say func(format strin
 				Hint: "lower the go line in go.mod"}
 		}
 	}
-	if slices.Contains(made, version) {
+	return t.exactly(ctx, version, say)
+}
+
+// exactly returns that very toolchain, making it if need be. One that is being
+// made already is waited for; those that are here never wait for another.
+func (t *toolchains) exactly(ctx context.Context, version string, say func(format string, args ...any)) (toolchain, error) {
+	done, err := t.enter(ctx, version)
+	if err != nil {
+		return toolchain{}, err
+	}
+	defer done()
+	if slices.Contains(t.made(), version) {
 		if tc, err := t.load(ctx, version); err == nil {
 			return tc, nil
 		}
 	}
 	if version == t.hostVer {
 		tc, err := t.fromGoRoot(ctx)
-		if err == nil {
-			return tc, nil
-		}
-		if t.proxy == nil {
-			return toolchain{}, err
+		if err == nil || t.proxy == nil {
+			return tc, err
 		}
 	}
 	if t.proxy == nil {
@@ -157,23 +164,33 @@ func (t *toolchains) get(ctx context.Context, want string, say func(format strin
 	return t.fetch(ctx, version)
 }
 
-// exactly returns that very toolchain, making it if need be.
-func (t *toolchains) exactly(ctx context.Context, version string, say func(format string, args ...any)) (toolchain, error) {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	if slices.Contains(t.made(), version) {
-		if tc, err := t.load(ctx, version); err == nil {
-			return tc, nil
+// enter waits until nobody else makes a version. To fetch and pack one takes
+// minutes, which builds that need another must not be made to wait for.
+func (t *toolchains) enter(ctx context.Context, version string) (done func(), err error) {
+	for {
+		t.mu.Lock()
+		other := t.making[version]
+		if other == nil {
+			if t.making == nil {
+				t.making = map[string]chan struct{}{}
+			}
+			mine := make(chan struct{})
+			t.making[version] = mine
+			t.mu.Unlock()
+			return func() {
+				t.mu.Lock()
+				defer t.mu.Unlock()
+				delete(t.making, version)
+				close(mine)
+			}, nil
+		}
+		t.mu.Unlock()
+		select {
+		case <-other:
+		case <-ctx.Done():
+			return nil, context.Cause(ctx)
 		}
 	}
-	if version == t.hostVer {
-		return t.fromGoRoot(ctx)
-	}
-	if t.proxy == nil {
-		return toolchain{}, &m3o.Error{Kind: m3o.Unavailable, Msg: fmt.Sprintf("%s is not here any more and GOPROXY is not set", version), Hint: "set GOPROXY for the daemon"}
-	}
-	say("Fetching %s", version)
-	return t.fetch(ctx, version)
 }
 
 // newest is the newest of versions that is at least want, "" when none is.
