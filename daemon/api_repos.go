@@ -186,7 +186,7 @@ func (r *repos) connect(ctx context.Context, c *connection, s *secrets) (*m3ov1.
 		return res, nil
 	}
 	// The first deploy is of what is there.
-	return res, r.queue.Add(ctx, c.Hook, webhook.Event{Provider: c.Provider, Delivery: "connect-" + randomHex(4), Name: "connect", Kind: webhook.Push, Repo: c.Name, Sender: c.User,
+	return res, r.queue.Add(ctx, c.Hook, webhook.Event{Provider: c.Provider, Delivery: "connect-" + randomHex(4), Name: connectEvent, Kind: webhook.Push, Repo: c.Name, Sender: c.User,
 		Changes: []webhook.Change{{Ref: "refs/heads/" + c.Branch, After: tip, AllPaths: true}}})
 }
 

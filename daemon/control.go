@@ -37,10 +37,7 @@ func (d *Daemon) notWanted(ctx context.Context, src m3o.Source) (string, error) 
 	}
 	patterns := app.Paths
 	if len(patterns) == 0 {
-		// A fault of the file is for the build to tell.
-		if files, err := buildpacks.ReadFiles(tree); err == nil {
-			patterns = files.Manifest.Paths
-		}
+		patterns = d.declaredPaths(ctx, src)
 	}
 	if len(patterns) == 0 || src.Old == "" {
 		return "", nil
@@ -60,6 +57,21 @@ func (d *Daemon) notWanted(ctx context.Context, src m3o.Source) (string, error) 
 		return "", nil
 	}
 	return fmt.Sprintf("none of the %d changed files is in the paths %s", len(changed), strings.Join(patterns, " ")), nil
+}
+
+// declaredPaths is what the tree's own m3o.yaml says of paths. A fault of the
+// file is for the build to tell.
+func (d *Daemon) declaredPaths(ctx context.Context, src m3o.Source) []string {
+	tree, err := source.Open(ctx, d.filesOf(ctx, src), &d.trees)
+	if err != nil {
+		return nil
+	}
+	defer tree.Close() //nolint:errcheck // only read
+	files, err := buildpacks.ReadFiles(tree)
+	if err != nil {
+		return nil
+	}
+	return files.Manifest.Paths
 }
 
 // skipped is a push that is accepted and deploys nothing.

@@ -23,8 +23,9 @@ import (
 type attempt struct {
 	Ref    string
 	Commit string
-	State  string // "building", "live", "failed"
+	State  string // "building", "live", "failed", "skipped" …
 	At     time.Time
+	Note   string // why it was skipped
 }
 
 func attemptKey(app, ref string) string {
@@ -98,10 +99,13 @@ func (r *repos) work(ctx context.Context, d webhook.Delivery) (webhook.Result, l
 			res, long, err = r.remove(&c, a)
 		default:
 			res = webhook.Result{Note: a.Why}
+			err = r.branchGone(ctx, &c, d)
 		}
 		if err != nil {
 			if k := m3o.KindOf(err); k == m3o.Denied || k == m3o.NotFound {
-				r.problem(ctx, c.App, err.Error())
+				r.problem(ctx, c.App, problemWords(err))
+			} else if k == m3o.Unavailable && d.Tries > 1 {
+				r.problem(ctx, c.App, problemWords(err))
 			}
 			return res, nil, err
 		}
@@ -126,6 +130,38 @@ func (r *repos) work(ctx context.Context, d webhook.Delivery) (webhook.Result, l
 		}
 		return webhook.Result{State: webhook.Done, Note: strings.Join(notes, "; ")}, errors.Join(errs...)
 	}, nil
+}
+
+// branchGone notes when the branch that deploys is there no more. The app
+// stays as it is.
+func (r *repos) branchGone(ctx context.Context, c *connection, d webhook.Delivery) error {
+	ref := "refs/heads/" + c.Branch
+	for _, ch := range d.Event.Changes {
+		if ch.Ref != ref || ch.After != "" {
+			continue
+		}
+		rem, err := r.remote(ctx, c)
+		if err != nil {
+			return err
+		}
+		tip, err := r.ask(ctx, c, rem, ref, d)
+		if err != nil {
+			return err
+		}
+		if tip == "" {
+			r.problem(ctx, c.App, fmt.Sprintf("%s was deleted at the forge, and what it deployed last goes on; push it again, or m3o repo:connect --branch with another", c.Branch))
+		}
+	}
+	return nil
+}
+
+// problemWords is an error for somebody who looks at the app later.
+func problemWords(err error) string {
+	s := userMessage(err)
+	if h := m3o.HintOf(err); h != "" {
+		s += "; " + h
+	}
+	return s
 }
 
 // follow renames the connection after its repository: the hook is still the
@@ -169,11 +205,14 @@ func (r *repos) ask(ctx context.Context, c *connection, rem gitserver.Remote, re
 	again := d.Tries > 1 || d.Note == "replayed"
 	r.mu.Lock()
 	known, ok := r.asked[key]
+	patience := r.patience
 	r.mu.Unlock()
 	if ok && !again && d.Received.Before(known.at) {
 		return known.tip, nil
 	}
 	now := asked{at: time.Now()}
+	ctx, cancel := context.WithTimeoutCause(ctx, patience, &m3o.Error{Kind: m3o.Unavailable, Msg: fmt.Sprintf("%s did not answer within %s", c.Host, patience), Hint: "it is tried again"})
+	defer cancel()
 	tips, err := gitserver.RemoteTips(ctx, rem, ref)
 	if err != nil {
 		return "", err
@@ -219,9 +258,6 @@ func (r *repos) deploy(ctx context.Context, c *connection, d webhook.Delivery, a
 	if note != "" {
 		return nothing("%s", note)
 	}
-	if why := r.d.skipPush(ctx, c, a.Change); why != "" {
-		return nothing("%s", why)
-	}
 	app, err := r.d.ledger.App(ctx, c.App)
 	if err != nil {
 		return webhook.Result{}, nil, err
@@ -234,6 +270,11 @@ func (r *repos) deploy(ctx context.Context, c *connection, d webhook.Delivery, a
 		return webhook.Result{}, nil, err
 	}
 	r.problem(ctx, c.App, "")
+	if d.Event.Name != connectEvent { // whoever connects a repository wants to see it run
+		if why, err := r.unwanted(ctx, c, c.App, "refs/heads/"+app.DeployBranch(), repo, tip, attempt{Ref: a.Ref, Commit: tip}); why != "" || err != nil {
+			return webhook.Result{State: webhook.Ignored, Note: why}, nil, err
+		}
+	}
 	user := c.User
 	job := &job{r: r, c: *c, app: c.App, ref: a.Ref, commit: tip, env: c.App, production: true, turn: r.turn(c.App)}
 	job.report(ctx, forge.Pending, "Building", "")
@@ -265,6 +306,8 @@ func (r *repos) tried(ctx context.Context, app, ref, commit string, d webhook.De
 		}
 	case was.State == "failed" && !replayed:
 		return shortCommit(commit) + " failed before; m3o repo:deliveries --replay builds it again", nil
+	case was.State == "skipped" && !replayed:
+		return was.Note, nil
 	case was.State == "building":
 		r.mu.Lock()
 		building := r.turns[app] != nil
@@ -273,7 +316,7 @@ func (r *repos) tried(ctx context.Context, app, ref, commit string, d webhook.De
 			return shortCommit(commit) + " is being built already", nil
 		}
 	}
-	_, err = r.refs.Put(ctx, attemptKey(app, ref), attempt{ref, commit, "building", time.Now().UTC()})
+	_, err = r.refs.Put(ctx, attemptKey(app, ref), attempt{Ref: ref, Commit: commit, State: "building", At: time.Now().UTC()})
 	return "", err
 }
 
@@ -336,7 +379,7 @@ func (j *job) run(ctx context.Context, deploy func(context.Context) (m3o.Release
 	defer wcancel()
 	state := "failed"
 	defer func() {
-		if perr := r.endAttempt(wctx, j.app, attempt{j.ref, j.commit, state, time.Now().UTC()}); perr != nil {
+		if perr := r.endAttempt(wctx, j.app, attempt{Ref: j.ref, Commit: j.commit, State: state, At: time.Now().UTC()}); perr != nil {
 			r.d.log.Error("record attempt", "app", j.app, "err", perr)
 		}
 	}()

@@ -97,9 +97,6 @@ func (r *repos) preview(ctx context.Context, c *connection, d webhook.Delivery, 
 	if note != "" {
 		return nothing("%s", note)
 	}
-	if why := r.d.skipPush(ctx, c, a.Change); why != "" {
-		return nothing("%s", why)
-	}
 	p.Approved, p.Commit, p.Updated = old.Approved, tip, time.Now().UTC()
 	p.Expires, p.State = p.Updated.Add(previewTTL), previewBuilding
 	j := &job{r: r, c: *c, app: p.Name, ref: ref, commit: tip, env: c.App + " " + p.Label, pull: a.Pull}
@@ -115,15 +112,23 @@ func (r *repos) preview(ctx context.Context, c *connection, d webhook.Delivery, 
 	if why, err := r.tried(ctx, p.Name, ref, tip, d); why != "" || err != nil {
 		return webhook.Result{State: webhook.Ignored, Note: why}, nil, err
 	}
-	if err := r.ensurePreview(ctx, c.App, p); err != nil {
-		return webhook.Result{}, nil, err
-	}
 	app, err := r.d.ledger.App(ctx, c.App)
 	if err != nil {
 		return webhook.Result{}, nil, err
 	}
 	repo, err := r.d.git.Fetch(ctx, c.App, app.DeployBranch(), rem, tip, ref, gitserver.FetchLimits{})
 	if err != nil {
+		return webhook.Result{}, nil, err
+	}
+	r.problem(ctx, c.App, "")
+	// What has a preview keeps it up to date; a pull request that changes
+	// nothing of this app gets none, and others' previews call the live one.
+	if old.Name == "" {
+		if why, err := r.unwanted(ctx, c, p.Name, "refs/heads/"+app.DeployBranch(), repo, tip, attempt{Ref: ref, Commit: tip}); why != "" || err != nil {
+			return webhook.Result{State: webhook.Ignored, Note: why}, nil, err
+		}
+	}
+	if err := r.ensurePreview(ctx, c.App, p); err != nil {
 		return webhook.Result{}, nil, err
 	}
 	via := "branch " + p.Label

@@ -84,14 +84,15 @@ type repos struct {
 	logKey   []byte // signs links to build logs
 	started  chan struct{}
 
-	mu    sync.Mutex // guards what follows
-	hooks map[string]string
-	asked map[string]asked
-	turns map[string]*hookTurn
+	mu       sync.Mutex // guards what follows
+	hooks    map[string]string
+	asked    map[string]asked
+	turns    map[string]*hookTurn
+	patience time.Duration // how long a forge may take to say what a branch is
 }
 
 func openRepos(ctx context.Context, d *Daemon) (*repos, error) {
-	r := &repos{d: d, started: make(chan struct{}), hooks: map[string]string{}, asked: map[string]asked{}, turns: map[string]*hookTurn{}}
+	r := &repos{d: d, started: make(chan struct{}), patience: 30 * time.Second, hooks: map[string]string{}, asked: map[string]asked{}, turns: map[string]*hookTurn{}}
 	var err error
 	if r.logKey, err = hkdf.Key(sha256.New, d.configKey[:], nil, "m3o links to build logs v1", 32); err != nil {
 		return nil, fmt.Errorf("derive key: %w", err)

@@ -102,6 +102,7 @@ type shop struct {
 	hooks  *httptest.Server
 	dir    string // a member's clone
 	repo   string
+	as     string // which forge it is: "github" …
 	secret string
 	sent   int
 }
@@ -109,7 +110,7 @@ type shop struct {
 func newShop(t *testing.T) *shop {
 	t.Helper()
 	need.Program(t, "git")
-	s := &shop{t: t, f: forgetest.New(t), b: &pretend{}, dir: t.TempDir(), repo: "org/app"}
+	s := &shop{t: t, f: forgetest.New(t), b: &pretend{}, dir: t.TempDir(), repo: "org/app", as: "github"}
 	cfg := Config{Data: t.TempDir(), HTTP: "127.0.0.1:0", HTTPS: "127.0.0.1:0", SSH: "127.0.0.1:0", Bin: t.TempDir(), Drain: time.Second, ForgeCA: s.f.CAFile}
 	if err := cfg.Validate(); err != nil {
 		t.Fatal(err)
@@ -200,7 +201,7 @@ func (s *shop) push(message, ref string) (before, after string) {
 // connect connects the app and waits for the first deploy.
 func (s *shop) connect(change func(*m3ov1.ConnectRepoRequest)) *m3ov1.ConnectRepoResponse {
 	s.t.Helper()
-	req := &m3ov1.ConnectRepoRequest{App: "app", Repository: s.f.Host + "/" + s.repo, Forge: "github", ApiUrl: "https://" + s.f.Host + "/api/v3/", Token: forgetest.Token}
+	req := &m3ov1.ConnectRepoRequest{App: "app", Repository: s.f.Host + "/" + s.repo, Forge: s.as, ApiUrl: s.f.API(s.as), Token: forgetest.Token}
 	if change != nil {
 		change(req)
 	}
@@ -232,6 +233,16 @@ func (s *shop) send(event string, body any) {
 	s.sent++
 	if code, text := s.f.Send(s.t, s.hooks.Client(), s.hook(), event, fmt.Sprint(s.sent), body); code != 202 {
 		s.t.Fatalf("%s: %d %s", event, code, text)
+	}
+}
+
+// tell sends an event as the forge does.
+func (s *shop) tell(e forgetest.Event) {
+	s.t.Helper()
+	s.sent++
+	e.Repo = s.repo
+	if code, text := forgetest.SendAs(s.t, s.hooks.Client(), s.hook(), s.as, fmt.Sprint(s.sent), e); code != 202 {
+		s.t.Fatalf("%+v: %d %s", e, code, text)
 	}
 }
 
@@ -275,6 +286,7 @@ func (s *shop) until(what string, cond func() bool) {
 func (s *shop) status(commit, state string) forgetest.Status {
 	s.t.Helper()
 	var last forgetest.Status
+	state = forgetest.Word(s.as, state)
 	s.until("status "+state, func() bool {
 		if all := s.f.Statuses(commit); len(all) > 0 {
 			last = all[len(all)-1]
@@ -674,4 +686,9 @@ func TestASupersededJobDoesNotHaveTheNewerCommitBuiltAgain(t *testing.T) {
 	if is, _, err := r.refs.Get(t.Context(), attemptKey("app", ref)); err != nil || is.State != "live" {
 		t.Fatalf("its end was not recorded: %+v, %v", is, err)
 	}
+}
+
+// inDir has a connection be of one folder.
+func inDir(dir string) func(*m3ov1.ConnectRepoRequest) {
+	return func(r *m3ov1.ConnectRepoRequest) { r.Dir = dir }
 }

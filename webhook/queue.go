@@ -22,7 +22,7 @@ const (
 	maxBatch     = 64 // deliveries written at once
 	maxBatchSize = 512 << 10
 	maxTries     = 8
-	workers      = 4
+	workers      = 32 // a forge that does not answer holds some of them up for minutes
 )
 
 // A State says how far a delivery has come.

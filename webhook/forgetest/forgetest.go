@@ -63,7 +63,9 @@ type Forge struct {
 	hooks       map[int]Hook
 	keys        map[int]string
 	last        int
-	down        int // how many calls are answered by 503
+	down        int           // how many calls are answered by 503
+	gitDown     int           // how many of git's requests are
+	hang        chan struct{} // while it is open, git gets no answer; nil: it does
 	moved       map[string]string
 	renamed     map[string]string        // as the API answers it
 	token       string                   // what may do everything now
@@ -98,6 +100,34 @@ func (f *Forge) Down(n int) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.down = n
+}
+
+// GitDown has the next n requests of git fail.
+func (f *Forge) GitDown(n int) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.gitDown = n
+}
+
+// Hang has git wait for an answer until end is called.
+func (f *Forge) Hang() (end func()) {
+	wait := make(chan struct{})
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.hang = wait
+	return sync.OnceFunc(func() {
+		f.mu.Lock()
+		defer f.mu.Unlock()
+		f.hang = nil
+		close(wait)
+	})
+}
+
+// Private makes a repository private, or public.
+func (f *Forge) Private(name string, yes bool) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.private[name] = yes
 }
 
 func (f *Forge) counted(next http.Handler) http.Handler {
@@ -155,6 +185,12 @@ func (f *Forge) Push(t testing.TB, dir, name, ref string) (before, after string)
 	return before, run(t, dir, "git", "rev-parse", "HEAD")
 }
 
+// Delete removes a ref of a repository.
+func (f *Forge) Delete(t testing.TB, name, ref string) {
+	t.Helper()
+	run(t, f.path(name), "git", "update-ref", "-d", ref)
+}
+
 func run(t testing.TB, dir, name string, args ...string) string {
 	t.Helper()
 	cmd := exec.Command(name, args...)
@@ -169,13 +205,32 @@ func run(t testing.TB, dir, name string, args ...string) string {
 
 // git is git http-backend behind a check of the token.
 func (f *Forge) git(w http.ResponseWriter, r *http.Request) {
+	if rest, ok := strings.CutPrefix(r.URL.Path, "/scm/"); ok { // Bitbucket Data Center's way
+		r = r.Clone(r.Context())
+		r.URL.Path = "/" + rest
+	}
 	name, _, ok := strings.Cut(strings.TrimPrefix(r.URL.Path, "/"), ".git/")
 	f.mu.Lock()
 	private, known := f.private[name]
 	to, moved := f.moved[name]
-	token := f.token
+	token, hang := f.token, f.hang
+	down := f.gitDown > 0
+	if down {
+		f.gitDown--
+	}
 	f.seen["/"+name+".git"] = append(f.seen["/"+name+".git"], r.Header.Clone())
 	f.mu.Unlock()
+	if hang != nil {
+		select {
+		case <-hang:
+		case <-r.Context().Done():
+			return
+		}
+	}
+	if down {
+		http.Error(w, "down for maintenance", http.StatusServiceUnavailable)
+		return
+	}
 	if moved {
 		_, rest, _ := strings.Cut(r.URL.RequestURI(), ".git")
 		http.Redirect(w, r, to+rest, http.StatusMovedPermanently)
@@ -441,5 +496,7 @@ func (f *Forge) Seen(path string) []http.Header {
 
 // Client is an HTTP client that believes the forge.
 func (f *Forge) Client() *http.Client { return f.srv.Client() }
+
+func itoa(n int) string { return strconv.Itoa(n) }
 
 func number(s string) int { n, _ := strconv.Atoi(s); return n }
