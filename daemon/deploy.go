@@ -123,7 +123,7 @@ func (d *Daemon) push(ctx context.Context, turn *turn, src m3o.Source, w io.Writ
 		if cause := context.Cause(ctx); cause != nil {
 			err = cancelled(cause)
 		}
-		output{both.log}.fail(err) // the pusher gets it from the git server, as its last line
+		output{both.logged()}.fail(err) // the pusher gets it from the git server, as its last line
 		_ = logFile.Close()
 		return nil, d.failDeploy(ctx, dep.ID, err)
 	}
@@ -171,7 +171,7 @@ func (d *Daemon) push(ctx context.Context, turn *turn, src m3o.Source, w io.Writ
 	app, err := d.ledger.App(ctx, src.App)
 	if err == nil && !app.Lock.At.IsZero() {
 		if err = turn.commit(ctx); err == nil {
-			return &deployment{d: d, dep: dep, rel: rel, began: began, built: res.Took, log: both.log, end: end, lock: app.Lock}, nil
+			return &deployment{d: d, dep: dep, rel: rel, began: began, built: res.Took, log: both.logged(), end: end, lock: app.Lock}, nil
 		}
 	}
 	if err != nil {
@@ -183,7 +183,7 @@ func (d *Daemon) push(ctx context.Context, turn *turn, src m3o.Source, w io.Writ
 		unlock()
 		return fail(err)
 	}
-	live.built, live.began, live.end, live.log = res.Took, began, end, both.log
+	live.built, live.began, live.end, live.log = res.Took, began, end, both.logged()
 	return live, nil
 }
 

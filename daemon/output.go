@@ -59,7 +59,7 @@ func seconds(d time.Duration) string {
 type tee struct {
 	mu     sync.Mutex // guards what follows
 	pusher io.Writer  // nil once it failed
-	log    io.Writer
+	log    io.Writer  // nil once it failed
 }
 
 func (t *tee) Write(p []byte) (int, error) {
@@ -76,6 +76,16 @@ func (t *tee) Write(p []byte) (int, error) {
 		}
 	}
 	return len(p), nil
+}
+
+// logged is where what only the log gets is written.
+func (t *tee) logged() io.Writer {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.log == nil {
+		return io.Discard
+	}
+	return t.log
 }
 
 // openBuildLog opens the file of a build's output for appending.

@@ -25,7 +25,7 @@ func disk(err error) error {
 }
 
 func diskFull(err error) error {
-	return &m3o.Error{Kind: m3o.Unavailable, Msg: "the disk of the build machine is full", Hint: "free space there, then push again", Err: err}
+	return &m3o.Error{Kind: m3o.Unavailable, Msg: "the disk of the build machine is full", Hint: "free space at m3o's data directory there (m3o doctor tells how much is left), then push again", Err: err}
 }
 
 // explain turns a failed solve into what the pusher can act on. layer is why

@@ -245,7 +245,7 @@ func lockDir(ctx context.Context, dir string) (*os.File, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open lock: %w", err)
 	}
-	return lock(ctx, f, dir+" is in use by another m3od")
+	return lock(ctx, f, dir+" is in use by another m3od", "stop that one, or give this one a directory of its own with --data")
 }
 
 // lockName makes this the only driver with this name, whatever its directory:
@@ -259,10 +259,11 @@ func (d *Driver) lockName(ctx context.Context) (*os.File, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open cgroup: %w", err)
 	}
-	return lock(ctx, f, fmt.Sprintf("another m3od on this host is called %s, too", d.cfg.Name))
+	return lock(ctx, f, fmt.Sprintf("another m3od on this host is called %s, too", d.cfg.Name),
+		"stop that one, or give this one another --name")
 }
 
-func lock(ctx context.Context, f *os.File, taken string) (*os.File, error) {
+func lock(ctx context.Context, f *os.File, taken, hint string) (*os.File, error) {
 	ctx, cancel := context.WithTimeout(ctx, lockWait)
 	defer cancel()
 	for {
@@ -272,7 +273,7 @@ func lock(ctx context.Context, f *os.File, taken string) (*os.File, error) {
 		}
 		select {
 		case <-ctx.Done():
-			return nil, errors.Join(&m3o.Error{Kind: m3o.Conflict, Msg: taken, Err: err}, f.Close())
+			return nil, errors.Join(&m3o.Error{Kind: m3o.Conflict, Msg: taken, Hint: hint, Err: err}, f.Close())
 		case <-time.After(50 * time.Millisecond):
 		}
 	}
