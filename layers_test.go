@@ -31,7 +31,7 @@ var owners = map[string][]string{
 	"github.com/containerd/":             {"buildpacks/build", "runtime/oci"},
 	"github.com/vishvananda/":            {"runtime/oci", "buildpacks/build"},
 	"github.com/google/nftables":         {"runtime/oci", "buildpacks/build"},
-	"github.com/miekg/dns":               {"runtime/oci", "certs"},
+	"github.com/miekg/dns":               {"discovery", "certs"},
 	"github.com/caddyserver/certmagic":   {"certs"},
 	"github.com/mholt/acmez":             {"certs"},
 	"github.com/libdns/":                 {"certs"},

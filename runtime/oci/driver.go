@@ -7,7 +7,7 @@
 // mount, network, IPC, UTS and cgroup namespace, no capabilities, a seccomp
 // profile, a user id of its app alone, and limits. Its network is a routed
 // veth pair behind one nftables table: out to the internet, in from this host,
-// nothing else.
+// and to whoever listens on the gateway's address for names and for calls.
 //
 // It needs root, Linux 5.10 or newer, overlayfs, nf_tables and cgroup v1 or
 // v2. It must not know of git, builds or releases.
@@ -70,12 +70,11 @@ type Config struct {
 	// Uplink is the only device instances may reach the world by. "" lets the
 	// host's routes decide: a default route may move, and instances behind a
 	// VPN or a second uplink would be cut off by our guess.
-	Uplink    string
-	Upstreams []string       // name servers, "ip" or "ip:port"; nil: the host's
-	Deny      []netip.Prefix // IPv4 networks instances neither reach nor are reached from, such as the builds'
-	UserBase  int            // first user id given to an app; 0: 100000
-	KeepLogs  runtime.Retention
-	Log       *slog.Logger // nil discards
+	Uplink   string
+	Deny     []netip.Prefix // IPv4 networks instances neither reach nor are reached from, such as the builds'
+	UserBase int            // first user id given to an app; 0: 100000
+	KeepLogs runtime.Retention
+	Log      *slog.Logger // nil discards
 }
 
 var nameForm = regexp.MustCompile(`^[a-z][a-z0-9]{0,6}$`)
@@ -117,13 +116,6 @@ func (c *Config) Validate() error {
 			bad("denied network %s is not IPv4", p)
 		}
 	}
-	for i, u := range c.Upstreams {
-		if a, err := netip.ParseAddr(u); err == nil {
-			c.Upstreams[i] = netip.AddrPortFrom(a, dnsPort).String()
-		} else if _, err := netip.ParseAddrPort(u); err != nil {
-			bad("name server %q is not an IP address with or without port", u)
-		}
-	}
 	return errors.Join(errs...)
 }
 
@@ -140,10 +132,10 @@ type Driver struct {
 	users     *users
 	layers    *layers
 	logs      runtime.Logs
-	names     *names
 	links     *links
-	lock      *os.File // on Dir
-	nameLock  *os.File // on Name
+	joined    func(context.Context) // see OnJoin
+	lock      *os.File              // on Dir
+	nameLock  *os.File              // on Name
 }
 
 var (
@@ -154,9 +146,8 @@ var (
 // lockWait is how long Open waits for a driver that is ending.
 const lockWait = 5 * time.Second
 
-// Open takes over what an earlier driver left: it sets up the shared network,
-// binds the name server's port and removes whatever belongs to no recorded
-// instance. It is a Conflict while another driver has the same Dir or Name. The
+// Open takes over what an earlier driver left: it sets up the shared network
+// and removes whatever belongs to no recorded instance. It is a Conflict while another driver has the same Dir or Name. The
 // instances are attached to by Serve, which must follow, or Shutdown.
 func Open(ctx context.Context, cfg Config) (_ *Driver, err error) {
 	if err := cfg.Validate(); err != nil {
@@ -165,7 +156,7 @@ func Open(ctx context.Context, cfg Config) (_ *Driver, err error) {
 	if os.Geteuid() != 0 {
 		return nil, &m3o.Error{Kind: m3o.Denied, Msg: "running containers takes root", Hint: "run it as root, or use --runtime process to develop"}
 	}
-	d := &Driver{cfg: cfg, log: cfg.Log, logs: runtime.Logs{Dir: filepath.Join(cfg.Dir, "logs")}}
+	d := &Driver{cfg: cfg, log: cfg.Log, joined: func(context.Context) {}, logs: runtime.Logs{Dir: filepath.Join(cfg.Dir, "logs")}}
 	for _, dir := range []string{cfg.Dir, cfg.Run, filepath.Join(cfg.Dir, "bundles"), d.logs.Dir} {
 		if err := os.MkdirAll(dir, 0o711); err != nil {
 			return nil, fmt.Errorf("make directory: %w", err)
@@ -226,12 +217,7 @@ func Open(ctx context.Context, cfg Config) (_ *Driver, err error) {
 	if err := d.sweep(ctx); err != nil {
 		return nil, err
 	}
-	up := cfg.Upstreams
-	if up == nil {
-		up = hostServers("/etc/resolv.conf")
-	}
-	d.names, err = openNames(&names{addr: netip.AddrPortFrom(d.net.gateway, dnsPort), upstreams: up, instances: d.Instances, appAt: d.links.appAt, may: d.links.may, log: cfg.Log})
-	return d, err
+	return d, nil
 }
 
 func exists(path string) bool {
@@ -328,13 +314,11 @@ func (d *Driver) sweep(ctx context.Context) error {
 	return nil
 }
 
-// Serve attaches to what runs and keeps it as wanted, and serves names, until
-// ctx ends. The instances keep running then, without names; the next Serve
-// attaches to them. (Run, by the Driver interface, is a one-off command.)
+// Serve attaches to what runs and keeps it as wanted, until ctx ends. The
+// instances keep running then; the next Serve attaches to them. (Run, by the Driver interface, is a one-off command.)
 func (d *Driver) Serve(ctx context.Context) error {
 	defer d.release()
 	var s run.Stack
-	s.Add("names", d.names.run)
 	s.Add("log trimmer", d.trimLogs)
 	s.Add("instances", d.Reconciler.Run)
 	return s.Run(ctx)
@@ -343,7 +327,6 @@ func (d *Driver) Serve(ctx context.Context) error {
 // release lets another driver open Dir.
 func (d *Driver) release() {
 	d.layers.syncing.Wait()
-	_ = d.names.close() // Serve has, unless it was never called
 	d.unlock()
 }
 
@@ -393,7 +376,8 @@ func (d *Driver) Shutdown(ctx context.Context) error {
 	return errors.Join(d.net.teardown(), d.cgroups.removeAll())
 }
 
-// Gateway is this host's address as instances reach it, for name service alone.
+// Gateway is this host's address as instances reach it: for name service, and
+// at port 80 for calls to other apps, which come in at InternalPort.
 func (d *Driver) Gateway() netip.Addr { return d.net.gateway }
 
 // Prune removes the unpacked layers of every image but those of keep (manifest

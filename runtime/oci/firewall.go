@@ -19,12 +19,18 @@ import (
 //
 //	table inet m3o {
 //	  set pairs { type ipv4_addr . ipv4_addr }   # who may talk to whom: links
+//	  chain prerouting {
+//	    type nat hook prerouting priority dstnat
+//	    iifname "m3o-*" ip daddr 169.254.1.1 tcp dport 80 dnat ip to 169.254.1.1:4080
+//	  }
 //	  chain input {
 //	    type filter hook input priority filter
 //	    iifname "m3o-*" ct state established,related accept
 //	    iifname "m3o-*" ip daddr 169.254.1.1 udp dport 53 accept
 //	    iifname "m3o-*" ip daddr 169.254.1.1 tcp dport 53 accept
+//	    iifname "m3o-*" ip daddr 169.254.1.1 tcp dport 4080 ct status dnat accept
 //	    iifname "m3o-*" drop
+//	    iifname != "lo" ip daddr 169.254.1.1 drop        # neighbours of the host
 //	  }
 //	  chain forward {
 //	    type filter hook forward priority filter
@@ -68,12 +74,23 @@ func (n *network) firewall() error {
 	}
 	from, to := n.ours(expr.MetaKeyIIFNAME, expr.CmpOpEq), n.ours(expr.MetaKeyOIFNAME, expr.CmpOpEq)
 
+	pre := chain("prerouting", nftables.ChainHookPrerouting, nftables.ChainTypeNAT, nftables.ChainPriorityNATDest)
+	gateway := netip.PrefixFrom(n.gateway, 32)
+	pre(from, address(daddr, expr.CmpOpEq, gateway), port(unix.IPPROTO_TCP, 80), []expr.Any{
+		&expr.Immediate{Register: 1, Data: n.gateway.AsSlice()},
+		&expr.Immediate{Register: 2, Data: binaryutil.BigEndian.PutUint16(InternalPort)},
+		&expr.NAT{Type: expr.NATTypeDestNAT, Family: unix.NFPROTO_IPV4, RegAddrMin: 1, RegProtoMin: 2},
+	})
+
 	input := chain("input", nftables.ChainHookInput, nftables.ChainTypeFilter, nftables.ChainPriorityFilter)
 	input(from, established, accept)
 	for _, proto := range []byte{unix.IPPROTO_UDP, unix.IPPROTO_TCP} {
-		input(from, address(daddr, expr.CmpOpEq, netip.PrefixFrom(n.gateway, 32)), port(proto, 53), accept)
+		input(from, address(daddr, expr.CmpOpEq, gateway), port(proto, 53), accept)
 	}
+	input(from, address(daddr, expr.CmpOpEq, gateway), port(unix.IPPROTO_TCP, InternalPort), translated, accept)
 	input(from, drop)
+	input([]expr.Any{&expr.Meta{Key: expr.MetaKeyIIFNAME, Register: 1}, &expr.Cmp{Op: expr.CmpOpNeq, Register: 1, Data: ifname("lo")}},
+		address(daddr, expr.CmpOpEq, gateway), drop)
 
 	forward := chain("forward", nftables.ChainHookForward, nftables.ChainTypeFilter, nftables.ChainPriorityFilter)
 	forward(from, protocol(expr.CmpOpNeq), drop)
@@ -93,9 +110,7 @@ func (n *network) firewall() error {
 	forward(to, drop)
 	outside := n.ours(expr.MetaKeyOIFNAME, expr.CmpOpNeq)
 	if n.uplink != "" {
-		name := make([]byte, unix.IFNAMSIZ)
-		copy(name, n.uplink)
-		forward(from, []expr.Any{&expr.Meta{Key: expr.MetaKeyOIFNAME, Register: 1}, &expr.Cmp{Op: expr.CmpOpNeq, Register: 1, Data: name}}, drop)
+		forward(from, []expr.Any{&expr.Meta{Key: expr.MetaKeyOIFNAME, Register: 1}, &expr.Cmp{Op: expr.CmpOpNeq, Register: 1, Data: ifname(n.uplink)}}, drop)
 	}
 
 	post := chain("postrouting", nftables.ChainHookPostrouting, nftables.ChainTypeNAT, nftables.ChainPriorityNATSource)
@@ -126,6 +141,18 @@ func (n *network) removeFirewall() error {
 func (n *network) ours(key expr.MetaKey, op expr.CmpOp) []expr.Any {
 	return []expr.Any{&expr.Meta{Key: key, Register: 1}, &expr.Cmp{Op: op, Register: 1, Data: []byte(n.prefix)}}
 }
+
+// ifname is a whole device name as rules compare it.
+func ifname(name string) []byte {
+	b := make([]byte, unix.IFNAMSIZ)
+	copy(b, name)
+	return b
+}
+
+// InternalPort is where the gateway's port 80 leads to. Port 80 itself could
+// not be listened on beside a program that listens there on every address,
+// which may be the router.
+const InternalPort = 4080
 
 // Offsets in the IPv4 header.
 const (
@@ -162,6 +189,12 @@ var (
 		&expr.Ct{Key: expr.CtKeySTATE, Register: 1},
 		&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 4, Xor: make([]byte, 4),
 			Mask: binaryutil.NativeEndian.PutUint32(expr.CtStateBitESTABLISHED | expr.CtStateBitRELATED)},
+		&expr.Cmp{Op: expr.CmpOpNeq, Register: 1, Data: make([]byte, 4)},
+	}
+	// translated matches connections that a dnat rule has changed (IPS_DST_NAT).
+	translated = []expr.Any{
+		&expr.Ct{Key: expr.CtKeySTATUS, Register: 1},
+		&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 4, Xor: make([]byte, 4), Mask: binaryutil.NativeEndian.PutUint32(1 << 5)},
 		&expr.Cmp{Op: expr.CmpOpNeq, Register: 1, Data: make([]byte, 4)},
 	}
 )

@@ -137,6 +137,7 @@ func (d *Driver) launch(ctx context.Context, id string, w runtime.Workload, l la
 	if err := d.links.join(id, w.App, ip); err != nil {
 		return nil, err
 	}
+	d.joined(ctx)
 	if err := d.runc(ctx, id, "start", id); err != nil {
 		return nil, err
 	}

@@ -120,15 +120,21 @@ func TestInstanceReachesNeitherHostNorOtherApps(t *testing.T) {
 	d := up(t, r)
 	in := ready(t, d, r.workload("serve"), 1)[0]
 	gateway := d.Gateway().String()
+	_ = resolve(t, d)
+	listenTCP(t, fmt.Sprintf("%s:%d", gateway, oci.InternalPort))
 	everywhere := portOf(listenTCP(t, "0.0.0.0:0"))
 	uplink(t, "up0", "192.0.2.1/24")
 	other := r.workload()
 	other.App = "other"
 	targets := map[string]string{
-		gateway + ":53":            "open", // the one thing the host offers
-		gateway + ":" + everywhere: "timeout",
-		"192.0.2.1:" + everywhere:  "timeout", // the host by another address
-		in.Addr:                    "timeout", // another app
+		// All that the host offers: names, and calls to other apps.
+		gateway + ":53": "open",
+		gateway + ":80": "open",
+		fmt.Sprintf("%s:%d", gateway, oci.InternalPort): "timeout", // where they come in
+		gateway + ":" + everywhere:                      "timeout",
+		"192.0.2.1:" + everywhere:                       "timeout", // the host by another address
+		"192.0.2.1:80":                                  "timeout",
+		in.Addr:                                         "timeout", // another app
 		netip.MustParseAddrPort(in.Addr).Addr().String() + ":53": "timeout",
 	}
 	args := []string{"dial"}
@@ -282,9 +288,10 @@ func TestNamesAreToldToWhoMayKnow(t *testing.T) {
 	})}
 	go func() { _ = up0.ActivateAndServe() }()
 	t.Cleanup(func() { _ = pc.Close() })
-	r.cfg.Upstreams = []string{pc.LocalAddr().String()}
 	d := up(t, r)
+	refresh := resolve(t, d, pc.LocalAddr().String())
 	ins := ready(t, d, r.workload("serve"), 2)
+	refresh()
 	var out bytes.Buffer
 	code, err := d.Exec(t.Context(), ins[0].ID, runtime.Cmd{Out: &out, Args: []string{"/server", "lookup", "example.org", "hello.instances.internal", "nobody.instances.internal", "other.internal"}})
 	var own []string
@@ -292,7 +299,7 @@ func TestNamesAreToldToWhoMayKnow(t *testing.T) {
 		own = append(own, netip.MustParseAddrPort(in.Addr).Addr().String())
 	}
 	slices.Sort(own)
-	want := "example.org 192.0.2.7\nhello.instances.internal " + strings.Join(own, ",") + "\nnobody.instances.internal no such host\nother.internal no such host\n"
+	want := "example.org 192.0.2.7\nhello.instances.internal " + strings.Join(own, ",") + "\nnobody.instances.internal no such host\nother.internal " + d.Gateway().String() + "\n"
 	if code != 0 || err != nil || out.String() != want {
 		t.Errorf("lookup = %d, %v\n%swant\n%s", code, err, out.String(), want)
 	}

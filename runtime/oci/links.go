@@ -3,10 +3,12 @@
 package oci
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"net/netip"
 	"os"
 	"slices"
@@ -14,6 +16,8 @@ import (
 
 	"github.com/google/nftables"
 
+	"github.com/m3o/m3o"
+	"github.com/m3o/m3o/discovery"
 	"github.com/m3o/m3o/internal/atomicfile"
 )
 
@@ -135,27 +139,24 @@ func (l *links) pairs() []pair {
 	return slices.Compact(all)
 }
 
-// appAt is the app of who has this address, "" for nobody.
-func (l *links) appAt(ip netip.Addr) string {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	for _, m := range l.members {
-		if m.ip == ip {
-			return m.app
-		}
+// Peers are who is on the apps' networks now, and who may reach whom.
+func (d *Driver) Peers() discovery.Peers {
+	ready := map[string]bool{}
+	for _, in := range d.Instances() {
+		ready[in.ID] = in.Phase == m3o.Ready && in.Addr != ""
 	}
-	return ""
+	d.links.mu.Lock()
+	defer d.links.mu.Unlock()
+	p := discovery.Peers{Links: maps.Clone(d.links.allowed)}
+	for id, m := range d.links.members {
+		p.Peers = append(p.Peers, discovery.Peer{ID: id, App: m.app, Addr: m.ip, Ready: ready[id]})
+	}
+	return p
 }
 
-// may is whether from may know of to.
-func (l *links) may(from, to string) bool {
-	if from == "" {
-		return false
-	}
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return from == to || slices.Contains(l.allowed[from], to)
-}
+// OnJoin has f called when there is a new peer, before its program runs. Call
+// it before Serve.
+func (d *Driver) OnJoin(f func(context.Context)) { d.joined = f }
 
 func elements(pairs []pair) []nftables.SetElement {
 	var all []nftables.SetElement

@@ -25,9 +25,11 @@ func TestLinkOpensOneDirectionAndNothingElse(t *testing.T) {
 		}
 		return strings.TrimSpace(out.String())
 	}
+	refresh := resolve(t, d)
 	ip := func(addr string) string { return netip.MustParseAddrPort(addr).Addr().String() }
 	check := func(when, forth, back, name string) {
 		t.Helper()
+		refresh()
 		if got := exec(other.ID, "dial", hello.Addr); got != hello.Addr+" "+forth {
 			t.Errorf("%s, from other to hello: %s, want %s", when, got, forth)
 		}

@@ -20,6 +20,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/m3o/m3o/discovery"
 	"github.com/m3o/m3o/internal/need"
 	"github.com/m3o/m3o/runtime/oci"
 	"github.com/m3o/m3o/runtime/runtimetest"
@@ -98,7 +99,7 @@ func newRig(t testing.TB) rig {
 	r := rig{image: runtimetest.ServerImage(t, images), cfg: oci.Config{
 		Name: "m3ot" + cmp.Or(os.Getenv("M3O_TEST_SLOT"), "0"), Dir: filepath.Join(dir, "state"), Run: runDir, Images: images,
 		Runc: need.Bin(t, "runc"), Shim: shim(t), Subnet: netip.MustParsePrefix("198.18.0.0/16"),
-		Upstreams: []string{}, Log: testLog(t),
+		Log: testLog(t),
 	}}
 	return r
 }
@@ -117,6 +118,9 @@ func (r rig) serve(t testing.TB) (d *oci.Driver, end func()) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	peers := new(discovery.Directory)
+	d.OnJoin(func(context.Context) { peers.Set(d.Peers()) })
+	directories.Store(d, peers)
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
 	go func() { done <- d.Serve(ctx) }()
@@ -132,6 +136,35 @@ func (r rig) serve(t testing.TB) (d *oci.Driver, end func()) {
 			t.Errorf("Serve = %v", err)
 		}
 	}
+}
+
+// directories are what the drivers that serve has started are told apart by.
+var directories sync.Map // of *discovery.Directory by *oci.Driver
+
+// resolve serves names to the instances of d, as the router does, and returns
+// what makes it know who is there now.
+func resolve(t testing.TB, d *oci.Driver, upstreams ...string) (refresh func()) {
+	t.Helper()
+	peers, _ := directories.Load(d)
+	n := &discovery.Names{Gateway: d.Gateway(), Upstreams: upstreams, Peers: peers.(*discovery.Directory), Log: slog.New(slog.DiscardHandler)}
+	at := netip.AddrPortFrom(d.Gateway(), discovery.DNSPort).String()
+	var err error
+	if n.UDP, err = net.ListenPacket("udp4", at); err != nil {
+		t.Fatal(err)
+	}
+	if n.TCP, err = net.Listen("tcp4", at); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error, 1)
+	go func() { done <- n.Run(ctx) }()
+	t.Cleanup(func() {
+		cancel()
+		if err := <-done; err != nil {
+			t.Errorf("names: %v", err)
+		}
+	})
+	return func() { n.Peers.Set(d.Peers()) }
 }
 
 func mustPrefix(s string) netip.Prefix { return netip.MustParsePrefix(s) }

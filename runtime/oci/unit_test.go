@@ -9,8 +9,6 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
-	"log/slog"
-	"net"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -19,7 +17,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/miekg/dns"
 	"golang.org/x/sys/unix"
 
 	"github.com/m3o/m3o"
@@ -289,7 +286,7 @@ func TestUsersKeepTheirIDs(t *testing.T) {
 }
 
 func TestConfigReportsEveryFault(t *testing.T) {
-	c := Config{Name: "Too-Long-Name", Dir: "state", Run: "/run/a:b", Subnet: netip.MustParsePrefix("169.254.0.0/16"), Upstreams: []string{"localhost"}}
+	c := Config{Name: "Too-Long-Name", Dir: "state", Run: "/run/a:b", Subnet: netip.MustParsePrefix("169.254.0.0/16")}
 	err := c.Validate()
 	for _, want := range []string{`"Too-Long-Name"`, `"state" is not absolute`, `"/run/a:b"`, "overlaps 169.254.0.0/16", `"localhost"`, "runc"} {
 		if err == nil || !strings.Contains(err.Error(), want) {
@@ -353,43 +350,6 @@ func TestTooOld(t *testing.T) {
 			t.Errorf("tooOld(%s) = %v", v, got)
 		}
 	}
-}
-
-// recorder is a dns.ResponseWriter that keeps the answer.
-type recorder struct {
-	dns.ResponseWriter
-	got *dns.Msg
-}
-
-func (r *recorder) WriteMsg(m *dns.Msg) error { r.got = m; return nil }
-func (r *recorder) RemoteAddr() net.Addr {
-	return &net.UDPAddr{IP: net.IPv4(198, 18, 0, 1), Port: 1234}
-}
-
-// FuzzNames: every question that parses gets an answer to it.
-func FuzzNames(f *testing.F) {
-	for _, name := range []string{"hello.instances.internal.", "internal.", ".", "a.b."} {
-		b, err := new(dns.Msg).SetQuestion(name, dns.TypeA).Pack()
-		if err != nil {
-			f.Fatal(err)
-		}
-		f.Add(b)
-	}
-	f.Add(make([]byte, 12))
-	n := &names{slots: make(chan struct{}, 1), log: slog.New(slog.DiscardHandler), instances: func() []m3o.Instance {
-		return []m3o.Instance{{App: "hello", Addr: "198.18.0.1:8080", Phase: m3o.Ready}, {App: "worker"}}
-	}, appAt: func(netip.Addr) string { return "hello" }, may: func(from, to string) bool { return from == to }}
-	f.Fuzz(func(t *testing.T, b []byte) {
-		q := new(dns.Msg)
-		if q.Unpack(b) != nil {
-			return
-		}
-		var r recorder
-		n.ServeDNS(&r, q)
-		if r.got == nil || r.got.Id != q.Id {
-			t.Fatalf("the answer to %v is %v", q, r.got)
-		}
-	})
 }
 
 // FuzzLayer: no tar file, whatever is in it, writes outside its directory.
