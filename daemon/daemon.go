@@ -68,7 +68,8 @@ type Daemon struct {
 	logs      *appLogs
 	drains    *drains
 	links     *store.Bucket[link]
-	linksMu   sync.Mutex   // orders what the driver is told of links
+	linksMu   sync.Mutex // orders what the driver is told of links
+	peers     *peers
 	metrics   net.Listener // nil where nobody wants them
 	uploads   uploads
 	hooks     *deployHooks
@@ -145,6 +146,7 @@ func New(ctx context.Context, cfg Config, version string, log *slog.Logger) (_ *
 	}
 	d.router = router.Client{Socket: d.controlSocket()}
 	d.fleet = &fleet{Client: d.router, log: log, whole: func() router.Table { return d.routes.table() }}
+	d.peers = newPeers(d.fleet, log)
 	d.routes = newRoutes(cfg.Domain, "unix:"+d.apiSocket(), d.fleet, log)
 	if d.access, err = openAccess(ctx, d.store, cfg.DefaultAccess == "private", d.routes); err != nil {
 		return nil, err
@@ -221,6 +223,7 @@ func (d *Daemon) Run(ctx context.Context, ready func(Ready)) error {
 	})
 	s.Add("router watch", d.watchRouter)
 	s.Add("routes", d.routes.run)
+	s.Add("peers", d.peers.run)
 	s.Add("certificates", d.runCerts)
 	s.Add("runtime", d.driver.Serve)
 	s.Add("instances", func(ctx context.Context) error { return d.routes.follow(ctx, d.driver) })
@@ -289,6 +292,7 @@ func (d *Daemon) settle(ctx context.Context) int {
 	defer cancel()
 	n := d.awaitLive(wctx)
 	d.routes.open()
+	d.peers.settle()
 	return n
 }
 

@@ -77,6 +77,7 @@ func (d *Daemon) openEngines(ctx context.Context) error {
 		return fmt.Errorf("open runtime: %w", err)
 	}
 	d.driver.OnDrain(d.drainInstance)
+	d.peers.connect(d.driver)
 	return nil
 }
 

@@ -116,7 +116,7 @@ func (f *fleet) Drain(ctx context.Context, app string, release int) (router.Drai
 // routerVersion is what a router is told apart by: its binary, and the
 // settings that it has from its start.
 func routerVersion(cfg Config, version string) string {
-	return fmt.Sprintf("%s http=%s https=%s acme=%t proxies=%s proxy-protocol=%t", version, cfg.HTTP, cfg.HTTPS, cfg.ACME(), cfg.TrustedProxies, cfg.ProxyProtocol)
+	return fmt.Sprintf("%s http=%s https=%s acme=%t proxies=%s proxy-protocol=%t inside=%s/%s", version, cfg.HTTP, cfg.HTTPS, cfg.ACME(), cfg.TrustedProxies, cfg.ProxyProtocol, cfg.Runtime, cfg.Name)
 }
 
 // upgradeRouter has a new router take over from the one that runs, on the same
@@ -177,13 +177,16 @@ func handed(files map[string]*os.File, what, addr string) *os.File {
 	if f == nil {
 		return nil
 	}
-	ln, err := net.FileListener(f)
-	if err != nil {
-		return nil
+	var at string
+	if ln, err := net.FileListener(f); err == nil {
+		at = ln.Addr().String()
+		_ = ln.Close() // a copy, to be asked
+	} else if pc, err := net.FilePacketConn(f); err == nil {
+		at = pc.LocalAddr().String()
+		_ = pc.Close()
 	}
-	defer ln.Close() //nolint:errcheck // a copy, to be asked
-	_, have, _ := net.SplitHostPort(ln.Addr().String())
-	if _, want, _ := net.SplitHostPort(addr); have != want && want != "0" {
+	_, have, _ := net.SplitHostPort(at)
+	if _, want, _ := net.SplitHostPort(addr); have == "" || have != want && want != "0" {
 		return nil
 	}
 	return f

@@ -64,7 +64,11 @@ func (d *Daemon) applyLinks(ctx context.Context) error {
 	for _, l := range all {
 		allowed[l.From] = append(allowed[l.From], l.To)
 	}
-	return dr.SetLinks(allowed)
+	err = dr.SetLinks(allowed)
+	if err == nil {
+		d.peers.tellSoon(ctx) // a link is there once the router knows
+	}
+	return err
 }
 
 // unlinkApp removes every link to and from an app.
@@ -93,6 +97,7 @@ func wireLink(l link) *m3ov1.Link {
 // Add is in links.proto.
 func (a linksAPI) Add(ctx context.Context, req *connect.Request[m3ov1.AddLinkRequest]) (*connect.Response[m3ov1.AddLinkResponse], error) {
 	d, m := a.d, req.Msg
+	m.From = m3o.ParentOf(m.From) // whose links a preview has
 	if m.From == "" || m.From == m.App {
 		return nil, &m3o.Error{Kind: m3o.Invalid, Msg: "an app reaches its own instances anyhow: name another one", Hint: "m3o links:add OTHER -a " + m.App}
 	}

@@ -6,23 +6,27 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"net/netip"
 	"os"
 	"os/exec"
 	"strconv"
+	"strings"
 	"syscall"
 	"time"
 
 	"github.com/m3o/m3o"
+	"github.com/m3o/m3o/discovery"
 	"github.com/m3o/m3o/gateway"
 	"github.com/m3o/m3o/router"
+	"github.com/m3o/m3o/runtime/oci"
 )
 
-// The router process inherits its three listeners as these descriptors. The
-// daemon binds them, so that a port that is taken is told by the daemon.
+// The router process inherits its sockets as descriptors from firstFD on, named
+// in the variable socketNames as systemd names those it passes on. The daemon
+// binds them, so that a port that is taken is told by the daemon.
 const (
-	httpFD = iota + 3
-	httpsFD
-	controlFD
+	firstFD     = 3
+	socketNames = "LISTEN_FDNAMES"
 )
 
 func (d *Daemon) controlSocket() string { return d.cfg.path("run", "router.sock") }
@@ -30,29 +34,32 @@ func (d *Daemon) controlSocket() string { return d.cfg.path("run", "router.sock"
 // RunRouter is the router's own process, m3od router: it serves from the last
 // good table until ctx ends, whatever the daemon does.
 func RunRouter(ctx context.Context, cfg Config, version string, log *slog.Logger) error {
-	listener := func(fd uintptr, name string) (net.Listener, error) {
-		f := os.NewFile(fd, name)
-		defer f.Close() //nolint:errcheck // FileListener has its own copy
-		ln, err := net.FileListener(f)
+	socks := map[string]net.Listener{}
+	var names net.PacketConn
+	for i, name := range strings.Split(os.Getenv(socketNames), ":") {
+		f := os.NewFile(uintptr(firstFD+i), name)
+		var err error
+		if name == namesUDP {
+			names, err = net.FilePacketConn(f)
+		} else {
+			socks[name], err = net.FileListener(f)
+		}
+		_ = f.Close() // there is a copy of it
 		if err != nil {
-			return nil, &m3o.Error{Kind: m3o.Invalid, Msg: "m3od router is started by m3od, not by hand",
+			return &m3o.Error{Kind: m3o.Invalid, Msg: "m3od router is started by m3od, not by hand",
 				Hint: "start m3od; it starts the router", Err: err}
 		}
-		return ln, nil
 	}
-	http, err := listener(httpFD, "http")
-	if err != nil {
-		return err
+	var inside *router.Inside
+	if names != nil {
+		at, err := netip.ParseAddrPort(names.LocalAddr().String())
+		if err != nil {
+			return fmt.Errorf("find own address: %w", err)
+		}
+		inside = &router.Inside{HTTP: socks["internal"], Names: &discovery.Names{UDP: names, TCP: socks["names"], Gateway: at.Addr().Unmap(),
+			Upstreams: discovery.HostServers("/etc/resolv.conf"), Log: log}}
 	}
-	https, err := listener(httpsFD, "https")
-	if err != nil {
-		return err
-	}
-	control, err := listener(controlFD, "control")
-	if err != nil {
-		return err
-	}
-	r, err := router.New(router.Config{HTTP: http, HTTPS: https, Control: control, State: cfg.path("router", "table.json"),
+	r, err := router.New(router.Config{HTTP: socks["http"], HTTPS: socks["https"], Control: socks["control"], Inside: inside, State: cfg.path("router", "table.json"),
 		CA: cfg.path("ca"), Certs: cfg.path("router", "certs"), OnDemand: cfg.ACME(), Gateway: gateway.New(gateway.Config{Log: log}), Version: routerVersion(cfg, version), Log: log,
 		TrustedProxies: cfg.trustedProxies(), ProxyProtocol: cfg.ProxyProtocol})
 	if err != nil {
@@ -79,32 +86,22 @@ func (d *Daemon) startRouter(ctx context.Context) error {
 
 // spawnRouter starts a router, on listeners that another one handed over or on
 // new ones.
-func (d *Daemon) spawnRouter(ctx context.Context, from map[string]*os.File) error {
+func (d *Daemon) spawnRouter(ctx context.Context, from map[string]*os.File) (err error) {
 	var files []*os.File
+	var names []string
 	defer func() {
 		for _, f := range files {
 			_ = f.Close()
 		}
 	}()
 	bind := func(network, what, addr string) error {
-		if f := handed(from, what, addr); f != nil {
+		f := handed(from, what, addr)
+		if f != nil {
 			delete(from, what)
-			files = append(files, f)
-			return nil
-		}
-		ln, err := (&net.ListenConfig{}).Listen(ctx, network, addr)
-		if err != nil {
+		} else if f, err = bindFile(ctx, network, addr); err != nil {
 			return portError(what, addr, err)
 		}
-		defer ln.Close() //nolint:errcheck // the file is a copy
-		if ul, ok := ln.(*net.UnixListener); ok {
-			ul.SetUnlinkOnClose(false)
-		}
-		f, err := ln.(interface{ File() (*os.File, error) }).File()
-		if err != nil {
-			return fmt.Errorf("pass on %s listener: %w", what, err)
-		}
-		files = append(files, f)
+		files, names = append(files, f), append(names, what)
 		return nil
 	}
 	// A socket file of a router that was killed is in the way; Status said nobody answers on it.
@@ -116,6 +113,12 @@ func (d *Daemon) spawnRouter(ctx context.Context, from map[string]*os.File) erro
 	}
 	if err := bind("unix", "control", d.controlSocket()); err != nil {
 		return err
+	}
+	if n, ok := d.driver.(networked); ok {
+		at := func(port uint16) string { return netip.AddrPortFrom(n.Gateway(), port).String() }
+		if err := errors.Join(bind("tcp", "internal", at(oci.InternalPort)), bind("tcp", "names", at(discovery.DNSPort)), bind("udp", namesUDP, at(discovery.DNSPort))); err != nil {
+			return err
+		}
 	}
 	if err := os.Chmod(d.controlSocket(), 0o600); err != nil {
 		return fmt.Errorf("protect router socket: %w", err)
@@ -130,11 +133,12 @@ func (d *Daemon) spawnRouter(ctx context.Context, from map[string]*os.File) erro
 		return fmt.Errorf("find own binary: %w", err)
 	}
 	args := []string{"router", "--data", d.cfg.Data, "--domain", d.cfg.Domain, "--log-level", d.cfg.LogLevel,
-		"--http", d.cfg.HTTP, "--https", d.cfg.HTTPS, "--trusted-proxies", d.cfg.TrustedProxies, "--proxy-protocol=" + strconv.FormatBool(d.cfg.ProxyProtocol)}
+		"--runtime", d.cfg.Runtime, "--name", d.cfg.Name, "--http", d.cfg.HTTP, "--https", d.cfg.HTTPS, "--trusted-proxies", d.cfg.TrustedProxies, "--proxy-protocol=" + strconv.FormatBool(d.cfg.ProxyProtocol)}
 	if d.cfg.ACME() {
 		args = append(args, "--acme-email", d.cfg.ACMEEmail, "--acme-ca", d.cfg.ACMECA)
 	}
 	cmd := exec.Command(exe, args...)
+	cmd.Env = append(os.Environ(), socketNames+"="+strings.Join(names, ":"))
 	cmd.ExtraFiles, cmd.Stdout, cmd.Stderr = files, logFile, logFile
 	// A session of its own: neither Ctrl-C in the daemon's terminal nor the
 	// daemon's end reaches the router.
@@ -171,9 +175,41 @@ func (d *Daemon) spawnRouter(ctx context.Context, from map[string]*os.File) erro
 	}
 }
 
+// namesUDP is what the socket of the apps' name server is called, the one that
+// is no listener.
+const namesUDP = "names-udp"
+
+// bindFile binds a socket for another process.
+func bindFile(ctx context.Context, network, addr string) (*os.File, error) {
+	var lc net.ListenConfig
+	if network == "udp" {
+		pc, err := lc.ListenPacket(ctx, network, addr)
+		if err != nil {
+			return nil, err
+		}
+		defer pc.Close() //nolint:errcheck // the file is a copy
+		return pc.(*net.UDPConn).File()
+	}
+	ln, err := lc.Listen(ctx, network, addr)
+	if err != nil {
+		return nil, err
+	}
+	defer ln.Close() //nolint:errcheck // the file is a copy
+	if ul, ok := ln.(*net.UnixListener); ok {
+		ul.SetUnlinkOnClose(false)
+	}
+	return ln.(interface{ File() (*os.File, error) }).File()
+}
+
 // portError says which of our ports is taken, and by what.
 func portError(what, addr string, err error) error {
 	switch {
+	case errors.Is(err, syscall.EADDRINUSE) && (what == "names" || what == namesUDP):
+		return &m3o.Error{Kind: m3o.Unavailable, Msg: "the apps' name server cannot listen on " + addr + ": another program does",
+			Hint: "a name server that listens on every address of this host is in the way: limit it to those it needs", Err: err}
+	case errors.Is(err, syscall.EADDRINUSE) && what == "internal":
+		return &m3o.Error{Kind: m3o.Unavailable, Msg: "calls between apps cannot come in at " + addr + ": another program listens there",
+			Hint: "ss -ltnp shows it: give it another port", Err: err}
 	case errors.Is(err, syscall.EADDRINUSE):
 		return &m3o.Error{Kind: m3o.Unavailable, Msg: fmt.Sprintf("%s: another program listens on %s", what, addr),
 			Hint: fmt.Sprintf("stop it (ss -ltnp shows it) or choose another address with --%s", what), Err: err}
@@ -215,6 +251,7 @@ func (d *Daemon) watchRouter(ctx context.Context) error {
 		}
 		misses = 0
 		d.routes.refresh()
+		d.peers.changed()
 		d.syncCerts(ctx)
 	}
 }

@@ -37,6 +37,9 @@ type Peer struct {
 type Peers struct {
 	Peers []Peer              `json:"peers"`
 	Links map[string][]string `json:"links,omitempty"`
+	// Partial says that whoever tells has just begun: a peer that was ready
+	// before and is not called so has not been asked yet.
+	Partial bool `json:"partial,omitempty"`
 }
 
 // maxPeers bounds memory, not use: addresses end before.
@@ -80,6 +83,21 @@ func (d *Directory) Set(p Peers) {
 	d.now.Store(x)
 }
 
+// Complete is p with what is known already of peers that p does not know well.
+func (d *Directory) Complete(p Peers) Peers {
+	if !p.Partial {
+		return p
+	}
+	p.Partial, p.Peers = false, slices.Clone(p.Peers)
+	for i := range p.Peers {
+		x := &p.Peers[i]
+		if old, ok := d.At(x.Addr); ok && old.ID == x.ID {
+			x.Ready = x.Ready || old.Ready
+		}
+	}
+	return p
+}
+
 // At is who has an address.
 func (d *Directory) At(a netip.Addr) (Peer, bool) {
 	x := d.now.Load()
@@ -90,10 +108,11 @@ func (d *Directory) At(a netip.Addr) (Peer, bool) {
 	return p, ok
 }
 
-// May is whether instances of from may reach those of to.
+// May is whether instances of from may reach those of to. A preview may reach
+// what the app may that it is a preview of.
 func (d *Directory) May(from, to string) bool {
 	x := d.now.Load()
-	return x != nil && from != "" && (from == to || slices.Contains(x.links[from], to))
+	return x != nil && from != "" && (from == to || slices.Contains(x.links[m3o.ParentOf(from)], to))
 }
 
 // Ready are the addresses of an app's ready instances, in order.

@@ -45,13 +45,18 @@ func TestDirectory(t *testing.T) {
 	for _, c := range []struct {
 		from, to string
 		want     bool
-	}{{"web", "api", true}, {"api", "web", false}, {"api", "api", true}, {"", "", false}, {"pr-7--web", "api", false}} {
+	}{{"web", "api", true}, {"api", "web", false}, {"api", "api", true}, {"", "", false}, {"pr-7--web", "api", true}, {"web", "pr-7--api", false}, {"pr-7--web", "web", false}} {
 		if got := d.May(c.from, c.to); got != c.want {
 			t.Errorf("%q to %q: %v", c.from, c.to, got)
 		}
 	}
 	if got, want := d.Ready("api"), []netip.Addr{addr("198.18.0.2"), addr("198.18.0.3")}; !slices.Equal(got, want) {
 		t.Errorf("ready: %v, want %v", got, want)
+	}
+	// Who has just begun does not make anybody less ready, but for those that are gone.
+	d.Set(d.Complete(Peers{Partial: true, Peers: []Peer{{"api-1", "api", addr("198.18.0.3"), false}, {"api-9", "api", addr("198.18.0.2"), false}}}))
+	if got, want := d.Ready("api"), []netip.Addr{addr("198.18.0.3")}; !slices.Equal(got, want) {
+		t.Errorf("ready after a restart: %v, want %v", got, want)
 	}
 	if err := (Peers{Peers: []Peer{{ID: "x", App: "a"}}}).Validate(); err == nil {
 		t.Error("a peer without an address passed")
@@ -90,7 +95,8 @@ func TestNamesAreToldToWhoMayKnow(t *testing.T) {
 		{"198.18.0.3", "web.internal.", dns.TypeA, dns.RcodeSuccess, []string{"169.254.1.1"}}, // the router says that it may not
 		{"198.18.0.1", "api.instances.internal.", dns.TypeA, dns.RcodeSuccess, []string{"198.18.0.2", "198.18.0.3"}},
 		{"198.18.0.3", "web.instances.internal.", dns.TypeA, dns.RcodeNameError, nil},
-		{"198.18.0.5", "api.instances.internal.", dns.TypeA, dns.RcodeNameError, nil}, // a preview is another app
+		{"198.18.0.5", "api.instances.internal.", dns.TypeA, dns.RcodeSuccess, []string{"198.18.0.2", "198.18.0.3"}}, // a preview
+		{"198.18.0.5", "web.instances.internal.", dns.TypeA, dns.RcodeNameError, nil},
 		{"198.18.0.1", "web.instances.internal.", dns.TypeA, dns.RcodeSuccess, []string{"198.18.0.1"}},
 		{"198.18.0.1", "internal.", dns.TypeA, dns.RcodeNameError, nil},
 		{"198.18.0.1", "instances.internal.", dns.TypeA, dns.RcodeNameError, nil},

@@ -56,8 +56,13 @@ func (n *Names) Run(ctx context.Context) error {
 		left--
 		errs = append(errs, fmt.Errorf("name server ended: %w", err))
 	}
-	// Closing ends both, whether or not they have begun; Shutdown, only those
-	// that have.
+	// What is being asked is answered first: who asked would wait for seconds
+	// before they ask again. It fails for one that has not begun; closing ends
+	// that, too.
+	wait, cancel := context.WithTimeout(context.WithoutCancel(ctx), 2*dnsTimeout)
+	defer cancel()
+	_ = udp.ShutdownContext(wait)
+	_ = tcp.ShutdownContext(wait)
 	_ = n.UDP.Close()
 	_ = n.TCP.Close()
 	for range left {

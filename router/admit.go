@@ -163,6 +163,9 @@ func (q *request) judgeAccess(p *compiled, t aim) error {
 		return &refusal{code: http.StatusForbidden, grpc: grpcDenied, msg: "app " + q.host.App + " does not allow this to anybody", hint: "m3o access -a " + q.host.App}
 	}
 	var key *APIKey
+	if q.inside {
+		return q.limit(p, nil, t)
+	}
 	if isPreflight(q.r) && q.host.grpc {
 		return nil // it carries no credentials, and the gateway answers it itself
 	}

@@ -111,6 +111,7 @@ func (rt *Router) controlServer(ctx context.Context) *http.Server {
 		rt.FailWake(r.URL.Query().Get("app"), &m3o.Error{Kind: m3o.Unavailable, Msg: f.Msg, Hint: f.Hint})
 		return struct{}{}, nil
 	})
+	handle("PUT /peers", rt.controlPeers)
 	rt.certControl(handle)
 	mux.HandleFunc("GET /listeners", rt.serveListeners)
 	handle("POST /retire", func(r *http.Request) (any, error) {

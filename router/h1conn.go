@@ -183,6 +183,7 @@ func (p *h1pool) prune(max time.Duration) {
 type origin struct {
 	ip, proto, host, id string
 	caller              string // who was let in, "" for nobody
+	instance            string // that calls, "" when it is no app's
 	trace               string // W3C traceparent
 	newTrace            bool   // it was made here: a tracestate of the client's belongs to another
 }
@@ -239,6 +240,9 @@ func (c *h1conn) writeHead(r *http.Request, o *origin, upgrade string, expect bo
 	line("X-Request-Id", o.id)
 	if o.caller != "" {
 		line(callerHeader, o.caller)
+	}
+	if o.instance != "" {
+		line(callerInstanceHeader, o.instance)
 	}
 	line("Traceparent", o.trace)
 	if upgrade != "" {

@@ -27,6 +27,7 @@ type request struct {
 	tried  []*endpoint
 	rec    recorder // what w is
 	caller string   // who was let in, "" when nobody had to say
+	inside bool     // an app calls, which a link lets in
 	why    string   // why the router answered in the app's stead
 
 	toCanary bool // host is the canary of the one that was found
@@ -335,8 +336,11 @@ func (q *request) claim(h http.Header) {
 	if q.caller != "" {
 		h[callerHeader] = []string{q.caller}
 	}
+	if q.origin.instance != "" {
+		h[callerInstanceHeader] = []string{q.origin.instance}
+	}
 }
 
-// callerHeader tells an app who was let in: "key:ID" or "user:NAME". What a
-// client sends of it is taken out.
+// callerHeader tells an app who was let in: "key:ID", "user:NAME" or, for a call
+// of another app, "app:NAME". What a client sends of it is taken out.
 const callerHeader = "X-M3o-Caller"

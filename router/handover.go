@@ -45,13 +45,13 @@ func (rt *Router) Retire(wait time.Duration) {
 // linger is what Run does when it is retired: it waits for clients to finish
 // with the connections they have. One that is idle is left alone until its
 // limit: closing it under a client's hands would fail a request.
-func (rt *Router) linger(ctx context.Context, r retirement, srv *http.Server, conns *gate) {
+func (rt *Router) linger(ctx context.Context, r retirement, srv servers, conns func() int) {
 	deadline := time.Now().Add(r.wait)
 	idle := time.NewTimer(r.idle)
 	defer idle.Stop()
 	tick := time.NewTicker(50 * time.Millisecond)
 	defer tick.Stop()
-	for conns.open() > 0 {
+	for conns() > 0 {
 		select {
 		case <-ctx.Done():
 			return
@@ -67,7 +67,7 @@ func (rt *Router) linger(ctx context.Context, r retirement, srv *http.Server, co
 	if srv.Shutdown(rest) != nil {
 		return // the deadline: the rest is cut by shutdown
 	}
-	for conns.open() > 0 && rest.Err() == nil { // upgrades are not the server's any more
+	for conns() > 0 && rest.Err() == nil { // upgrades are not the server's any more
 		select {
 		case <-tick.C:
 		case <-rest.Done():
@@ -89,13 +89,20 @@ func (rt *Router) serveListeners(w http.ResponseWriter, _ *http.Request) {
 		return
 	}
 	_ = uc.SetDeadline(time.Now().Add(5 * time.Second))
-	names, lns := "", []net.Listener{}
-	for name, ln := range map[string]net.Listener{"http": rt.cfg.HTTP, "https": rt.cfg.HTTPS} {
-		if ln != nil {
-			names, lns = names+name+",", append(lns, ln)
-		}
+	names, socks := "", []any{}
+	add := func(name string, s any) { names, socks = names+name+",", append(socks, s) }
+	if rt.cfg.HTTP != nil {
+		add("http", rt.cfg.HTTP)
 	}
-	if err := withDescriptors(lns, nil, func(fds []int) error {
+	if rt.cfg.HTTPS != nil {
+		add("https", rt.cfg.HTTPS)
+	}
+	if in := rt.cfg.Inside; in != nil {
+		add("internal", in.HTTP)
+		add("names", in.Names.TCP)
+		add("names-udp", in.Names.UDP)
+	}
+	if err := withDescriptors(socks, nil, func(fds []int) error {
 		_, _, err := uc.WriteMsgUnix([]byte("HTTP/1.1 200 OK\r\nX-Listeners: "+names+"\r\nConnection: close\r\n\r\n"), unix.UnixRights(fds...), nil)
 		return err
 	}); err != nil {
@@ -105,11 +112,11 @@ func (rt *Router) serveListeners(w http.ResponseWriter, _ *http.Request) {
 
 // withDescriptors calls f with the sockets' own descriptors. Copies by File
 // would make the sockets blocking, for both processes.
-func withDescriptors(lns []net.Listener, fds []int, f func([]int) error) error {
-	if len(lns) == 0 {
+func withDescriptors(socks []any, fds []int, f func([]int) error) error {
+	if len(socks) == 0 {
 		return f(fds)
 	}
-	sc, ok := lns[0].(syscall.Conn)
+	sc, ok := socks[0].(syscall.Conn)
 	if !ok {
 		return errors.New("a listener is no socket")
 	}
@@ -118,12 +125,12 @@ func withDescriptors(lns []net.Listener, fds []int, f func([]int) error) error {
 		return err
 	}
 	var inner error
-	err = rc.Control(func(fd uintptr) { inner = withDescriptors(lns[1:], append(fds, int(fd)), f) })
+	err = rc.Control(func(fd uintptr) { inner = withDescriptors(socks[1:], append(fds, int(fd)), f) })
 	return errors.Join(err, inner)
 }
 
-// Listeners are copies of the router's listening sockets by name, http and
-// https. The caller closes them.
+// Listeners are copies of the router's listening sockets by name: http, https
+// and, with Inside, internal, names and names-udp. The caller closes them.
 func (c Client) Listeners(ctx context.Context) (map[string]*os.File, error) {
 	fail := func(err error) error {
 		return &m3o.Error{Kind: m3o.Unavailable, Msg: "the router does not hand over its sockets", Hint: "stop it, then start m3od again", Err: err}
@@ -138,7 +145,7 @@ func (c Client) Listeners(ctx context.Context) (map[string]*os.File, error) {
 		return nil, fail(err)
 	}
 	// Reading any other way would lose the descriptors.
-	buf, oob := make([]byte, 4096), make([]byte, unix.CmsgSpace(4*4))
+	buf, oob := make([]byte, 4096), make([]byte, unix.CmsgSpace(8*4))
 	n, oobn, _, _, err := conn.(*net.UnixConn).ReadMsgUnix(buf, oob)
 	if err != nil {
 		return nil, fail(err)

@@ -35,7 +35,19 @@ func (f *fixture) successor(t *testing.T) *fixture {
 		return ln
 	}
 	h, s := ln("http"), ln("https")
+	var inside *Inside
+	if f.rt.cfg.Inside != nil {
+		udp, err := net.FilePacketConn(files["names-udp"])
+		if err != nil {
+			t.Fatal(err)
+		}
+		_ = files["names-udp"].Close()
+		n := *f.rt.cfg.Inside.Names
+		n.UDP, n.TCP = udp, ln("names")
+		inside = &Inside{HTTP: ln("internal"), Names: &n}
+	}
 	return start(t, func(c *Config) {
+		c.Inside = inside
 		_ = c.HTTP.Close()
 		_ = c.HTTPS.Close()
 		c.HTTP, c.HTTPS = h, s

@@ -25,6 +25,8 @@ type gate struct {
 	behind *behind
 }
 
+func newGate(l *limits) *gate { return &gate{perIP: l.ConnsPerIP, count: map[string]int{}} }
+
 // behind is how the PROXY protocol is read.
 type behind struct {
 	trusted func(ip string) bool

@@ -156,7 +156,7 @@ func (q *request) record(began time.Time, broken bool) {
 	r, rec := q.r, &q.rec
 	x := Record{Time: began, Took: time.Since(began), App: q.host.App, Release: q.host.Release, Host: q.key, Method: r.Method,
 		Path: r.URL.Path, Status: rec.status, Out: rec.out, Remote: q.origin.ip, Caller: q.caller, ID: q.origin.id, Broken: broken, Err: q.why}
-	if q.byApp {
+	if q.byApp || q.inside {
 		x.Host = hostOf(r.Host)
 	}
 	if q.call.ep != nil {

@@ -28,6 +28,7 @@ import (
 	"time"
 
 	"github.com/m3o/m3o"
+	"github.com/m3o/m3o/discovery"
 	"github.com/m3o/m3o/internal/atomicfile"
 )
 
@@ -62,6 +63,7 @@ const (
 type Config struct {
 	HTTP, HTTPS net.Listener // either may be nil; Run closes them
 	Control     net.Listener // the daemon's unix socket; nil for none; Run closes it
+	Inside      *Inside      // calls of apps to each other; nil for none
 	State       string       // file of the last good table; its directory must exist
 	CA          string       // directory of the internal CA (NewCA); needed with HTTPS
 	Certs       string       // directory of installed certificates; "" keeps them in memory only
@@ -147,6 +149,8 @@ type Router struct {
 
 	verdicts verdicts
 	limiter  *limiter
+	peers    discovery.Directory
+	peersMu  sync.Mutex // orders changes of peers with their file
 
 	keep sync.Mutex // orders writes of the table's file and guards kept; taken before mu
 	kept uint64     // number of the table in the file
@@ -187,6 +191,7 @@ func New(cfg Config) (*Router, error) {
 			return nil, fmt.Errorf("close the control socket to others: %w", err)
 		}
 	}
+	rt.openInside()
 	t, seq, err := load(cfg.State)
 	if errors.Is(err, fs.ErrNotExist) {
 		return rt, nil
@@ -414,24 +419,8 @@ func (rt *Router) Status() Status {
 // flight end for up to Limits.Grace, WebSockets at once with close 1001, cuts
 // the rest politely and returns when all has ended. Control stops first.
 func (rt *Router) Run(ctx context.Context) error {
-	srv := &http.Server{
-		Handler:           rt,
-		ReadHeaderTimeout: rt.limits.HeaderRead,
-		IdleTimeout:       rt.limits.Idle,
-		MaxHeaderBytes:    rt.limits.Header,
-		Protocols:         new(http.Protocols),
-		HTTP2: &http.HTTP2Config{
-			MaxConcurrentStreams: rt.limits.Streams,
-			SendPingTimeout:      30 * time.Second,
-			PingTimeout:          15 * time.Second,
-			WriteByteTimeout:     rt.limits.BodyIdle,
-		},
-		// One line for every bad client would be a log flood.
-		ErrorLog: slog.NewLogLogger(rt.log.Handler(), slog.LevelDebug),
-	}
-	srv.Protocols.SetHTTP1(true)
-	srv.Protocols.SetHTTP2(true)
-	srv.Protocols.SetUnencryptedHTTP2(true)
+	srvs := servers{rt.server(rt)}
+	srv := srvs[0]
 
 	serve, fail := context.WithCancelCause(ctx)
 	defer fail(nil)
@@ -443,10 +432,12 @@ func (rt *Router) Run(ctx context.Context) error {
 			}
 		})
 	}
-	gate := &gate{perIP: rt.limits.ConnsPerIP, count: map[string]int{}}
+	gate := newGate(rt.limits)
 	if rt.cfg.ProxyProtocol {
 		gate.behind = &behind{limit: rt.limits.HeaderRead, trusted: func(ip string) bool { return len(rt.cfg.TrustedProxies) == 0 || rt.trusts(ip) }}
 	}
+	inside := newGate(rt.limits)
+	conns := func() int { return gate.open() + inside.open() }
 	var lns []net.Listener
 	var stopAccepting []func()
 	if rt.cfg.HTTP != nil {
@@ -464,6 +455,17 @@ func (rt *Router) Run(ctx context.Context) error {
 		start("accept https", ln.run)
 		start("serve https", func() error { return srv.Serve(ln) })
 	}
+	if in := rt.cfg.Inside; in != nil {
+		ln := &plainListener{Listener: in.HTTP, gate: inside, lim: rt.limits}
+		lns = append(lns, ln)
+		s := rt.server(http.HandlerFunc(rt.serveInside))
+		srvs = append(srvs, s)
+		names, stopNames := context.WithCancel(serve)
+		defer stopNames()
+		stopAccepting = append(stopAccepting, func() { _ = ln.Close() }, stopNames)
+		start("serve calls between apps", func() error { return s.Serve(ln) })
+		start("serve names", func() error { return in.Names.Run(names) })
+	}
 	var control *http.Server
 	if rt.cfg.Control != nil {
 		control = rt.controlServer(serve)
@@ -477,14 +479,14 @@ func (rt *Router) Run(ctx context.Context) error {
 		for _, f := range stopAccepting {
 			f()
 		}
-		rt.linger(serve, r, srv, gate)
+		rt.linger(serve, r, srvs, conns)
 		fail(errRetired)
 	}
 	cause := context.Cause(serve)
 	if control != nil {
 		_ = control.Close() // its requests end with serve
 	}
-	rt.shutdown(ctx, srv, lns)
+	rt.shutdown(ctx, srvs, lns)
 	wg.Wait()
 	rt.closeIdle()
 	rt.saveQuotas()
@@ -497,7 +499,7 @@ func (rt *Router) Run(ctx context.Context) error {
 	return cause
 }
 
-func (rt *Router) shutdown(ctx context.Context, srv *http.Server, lns []net.Listener) {
+func (rt *Router) shutdown(ctx context.Context, srv servers, lns []net.Listener) {
 	for _, ln := range lns {
 		_ = ln.Close() // Shutdown closes it again
 	}

@@ -12,9 +12,9 @@ func linkCommands() []*command {
 			short: "List which apps may reach an app's instances, and which it may reach"},
 		{name: "links:add", group: "Running", args: "FROM", min: 1, max: 1, app: true, run: runLinksAdd, completes: "app",
 			short: "Let the instances of another app reach those of this one",
-			long: `Apps cannot reach each other unless a link says so. FROM then finds the addresses of this app's ready instances under the name
-<app>.instances.internal. A link has one direction, and its app's owner adds it.`,
-			example: "m3o links:add web -a api"},
+			long: `Apps cannot reach each other unless a link says so. FROM, and its previews, then call this app at http://<app>.internal, and find
+the addresses of its ready instances under the name <app>.instances.internal. A link has one direction, and its app's owner adds it.`,
+			example: "m3o links:add web -a orders"},
 		{name: "links:remove", group: "Running", args: "FROM", min: 1, max: 1, app: true, run: runLinksRemove, completes: "app",
 			short: "Take such a link away; open connections stay"},
 	}
@@ -53,7 +53,7 @@ func runLinksAdd(ctx context.Context, c *call) error {
 		return err
 	}
 	return c.result(res, func() {
-		c.say("%s reaches the instances of %s at %s.instances.internal", c.args[0], app, app)
+		c.say("%s may call %s at http://%s.internal, and reach its instances at %s.instances.internal", c.args[0], app, app, app)
 		c.undo("m3o links:remove %s -a %s", c.args[0], app)
 	})
 }

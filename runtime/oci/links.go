@@ -114,15 +114,17 @@ func (l *links) apply() error {
 
 // pairs are those of all members, in order. The caller holds mu.
 func (l *links) pairs() []pair {
-	by := map[string][]netip.Addr{}
+	callers, called := map[string][]netip.Addr{}, map[string][]netip.Addr{}
 	for _, m := range l.members {
-		by[m.app] = append(by[m.app], m.ip)
+		// A preview may reach what the app may that it is a preview of.
+		callers[m3o.ParentOf(m.app)] = append(callers[m3o.ParentOf(m.app)], m.ip)
+		called[m.app] = append(called[m.app], m.ip)
 	}
 	var all []pair
 	for from, tos := range l.allowed {
 		for _, to := range tos {
-			for _, a := range by[from] {
-				for _, b := range by[to] {
+			for _, a := range callers[from] {
+				for _, b := range called[to] {
 					if a != b {
 						all = append(all, pair{a, b})
 					}
