@@ -5,7 +5,6 @@ import (
 	"regexp"
 	"strings"
 	"testing"
-	"time"
 )
 
 // callerApp asks another app at its internal name, by gRPC over one connection
@@ -107,11 +106,8 @@ func TestAppsCallEachOtherInside(t *testing.T) {
 		t.Helper()
 		return b.get(t, "inner-front", "/ask?app=inner-back&how="+how)
 	}
-	began := time.Now()
-	mark := func(when string) { t.Log(when, time.Since(began)) }
 	refused := func(when string) {
 		t.Helper()
-		mark(when)
 		const hint = "m3o links:add inner-front -a inner-back"
 		if code, text := ask("http"); code != http.StatusForbidden || !strings.Contains(text, hint) {
 			t.Errorf("%s, HTTP: %d %s", when, code, text)
@@ -124,7 +120,6 @@ func TestAppsCallEachOtherInside(t *testing.T) {
 	// allowed calls n times each way and returns which instances answered.
 	allowed := func(when string, n int) map[string]bool {
 		t.Helper()
-		mark(when)
 		by := map[string]bool{}
 		for range n {
 			for _, how := range []string{"http", "grpc"} {
