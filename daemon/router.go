@@ -65,6 +65,7 @@ func RunRouter(ctx context.Context, cfg Config, version string, log *slog.Logger
 	if err != nil {
 		return err
 	}
+	router.Tune()
 	return r.Run(ctx)
 }
 

@@ -319,7 +319,22 @@ func withTypes(err error, m *method) error {
 	return err
 }
 
-func newBody(b []byte) io.ReadCloser { return io.NopCloser(bytes.NewReader(b)) }
+// message is a body that is all there.
+type message struct {
+	bytes.Reader
+	all []byte
+}
+
+func newBody(b []byte) io.ReadCloser {
+	m := &message{all: b}
+	m.Reset(b)
+	return m
+}
+
+// Bytes lets who sends it take it without reading.
+func (m *message) Bytes() []byte { return m.all }
+
+func (m *message) Close() error { return nil }
 
 // stream answers a server stream: newline-delimited JSON objects, each
 // {"result":…} or at the end {"error":…}, or server-sent events for who
@@ -482,7 +497,10 @@ func metadata(in http.Header) (http.Header, error) {
 				}
 			}
 		}
-		out[k] = append(out[k], vs...)
+		if old := out[k]; old != nil {
+			vs = slices.Concat(old, vs)
+		}
+		out[k] = vs
 	}
 	return out, nil
 }
@@ -502,6 +520,10 @@ func looksLikeJSON(b []byte) bool {
 // mediaType is the type of a Content-Type header, "" when there is none or it
 // makes no sense.
 func mediaType(h http.Header) string {
+	switch t := h.Get("Content-Type"); t {
+	case "", "application/json", "application/proto", "application/x-www-form-urlencoded", "text/plain":
+		return t // nothing to parse
+	}
 	t, _, err := mime.ParseMediaType(h.Get("Content-Type"))
 	if err != nil {
 		return ""

@@ -5,6 +5,7 @@ import (
 	"crypto/tls"
 	"errors"
 	"net"
+	"os"
 	"strconv"
 	"sync"
 	"time"
@@ -28,9 +29,15 @@ type guardConn struct {
 	waited time.Duration // time spent waiting for the current body
 	got    int64         // bytes of it
 
-	mu    sync.Mutex // guards limit, pass
-	limit time.Time  // the read deadline net/http set
-	pass  bool       // an upgrade: no HTTP any more
+	mu      sync.Mutex    // guards what follows
+	limit   time.Time     // the read deadline net/http set
+	idle    time.Time     // of the read going on, zero for none
+	set     time.Time     // the connection's own, which may be earlier: see read
+	reading bool          // a read goes on
+	looking bool          // net/http looks whether the client is still there: see look
+	stop    chan struct{} // ends that; nil before the first time
+	later   *time.Timer   // as stop
+	pass    bool          // an upgrade: no HTTP any more
 
 	wmu   sync.Mutex // guards armed
 	armed time.Time  // when the write deadline was last moved
@@ -67,7 +74,10 @@ func (c *guardConn) Read(p []byte) (int, error) {
 	pass := c.pass
 	c.mu.Unlock()
 	if pass || c.frame.state == opaque || len(p) == 0 {
-		return c.Conn.Read(p)
+		return c.read(p, time.Time{})
+	}
+	if len(p) == 1 && !c.frame.inBody() && !c.look() {
+		return 0, os.ErrDeadlineExceeded
 	}
 	var n int
 	var err error
@@ -75,7 +85,7 @@ func (c *guardConn) Read(p []byte) (int, error) {
 		n, err = c.readBody(p)
 	} else {
 		c.waited, c.got = 0, 0
-		n, err = c.Conn.Read(p)
+		n, err = c.read(p, time.Time{})
 	}
 	good, bad := c.frame.feed(p[:n])
 	if bad == nil {
@@ -91,20 +101,90 @@ func (c *guardConn) Read(p []byte) (int, error) {
 	return good + copy(p[good:], poison), nil
 }
 
+// lookAfter is how long a request may take before it matters that its client
+// has left.
+const lookAfter = 5 * time.Millisecond
+
+// look stands before the read of one byte by which net/http notices, while it
+// serves a request, that the client has left. Nearly all are served before that
+// matters, and the read, which finds nothing and is interrupted, costs more
+// than the waiting. It is false when the read was interrupted before it began.
+func (c *guardConn) look() bool {
+	c.mu.Lock()
+	if c.due(time.Now()) {
+		c.mu.Unlock()
+		return false
+	}
+	if c.stop == nil {
+		c.stop, c.later = make(chan struct{}, 1), time.NewTimer(lookAfter)
+	} else {
+		c.later.Reset(lookAfter)
+	}
+	c.looking = true
+	c.mu.Unlock()
+	select {
+	case <-c.stop:
+		c.later.Stop()
+		return false
+	case <-c.later.C:
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if !c.looking {
+		<-c.stop // both came
+		return false
+	}
+	c.looking = false
+	return true
+}
+
+// read reads until the deadline net/http set, and no longer than idle. Both
+// move on with each request; the connection's own deadline does not, which
+// would cost more than the rest of the guard. It is let pass, and then set to
+// what is wanted by now.
+func (c *guardConn) read(p []byte, idle time.Time) (int, error) {
+	c.mu.Lock()
+	c.idle, c.reading = idle, true
+	if want := c.until(); c.set.IsZero() && !want.IsZero() || !want.IsZero() && want.Before(c.set) {
+		c.arm(want)
+	}
+	c.mu.Unlock()
+	for {
+		n, err := c.Conn.Read(p)
+		c.mu.Lock()
+		if n == 0 && errors.Is(err, os.ErrDeadlineExceeded) && !c.due(time.Now()) {
+			c.arm(c.until())
+			c.mu.Unlock()
+			continue
+		}
+		c.reading = false
+		c.mu.Unlock()
+		return n, err
+	}
+}
+
+// until is when a read has to end, zero for never. c.mu is held, as in what follows.
+func (c *guardConn) until() time.Time {
+	if c.limit.IsZero() || !c.idle.IsZero() && c.idle.Before(c.limit) {
+		return c.idle
+	}
+	return c.limit
+}
+
+func (c *guardConn) due(now time.Time) bool {
+	t := c.until()
+	return !t.IsZero() && !now.Before(t)
+}
+
+func (c *guardConn) arm(t time.Time) {
+	c.set = t
+	_ = c.Conn.SetReadDeadline(t) // a connection that is closed says so when it is read
+}
+
 // readBody reads with a deadline of its own, no later than net/http's.
 func (c *guardConn) readBody(p []byte) (int, error) {
 	begin := time.Now()
-	c.mu.Lock()
-	dl := begin.Add(c.lim.BodyIdle)
-	if !c.limit.IsZero() && c.limit.Before(dl) {
-		dl = c.limit
-	}
-	_ = c.Conn.SetReadDeadline(dl)
-	c.mu.Unlock()
-	n, err := c.Conn.Read(p)
-	c.mu.Lock()
-	_ = c.Conn.SetReadDeadline(c.limit)
-	c.mu.Unlock()
+	n, err := c.read(p, begin.Add(c.lim.BodyIdle))
 	c.waited += time.Since(begin)
 	c.got += int64(n)
 	if err == nil && c.frame.left > 0 && !c.frame.chunked && c.waited > c.lim.HeaderRead &&
@@ -131,7 +211,17 @@ func (c *guardConn) SetReadDeadline(t time.Time) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.limit = t
-	return c.Conn.SetReadDeadline(t)
+	switch {
+	case c.looking:
+		c.idle = time.Time{}
+		if c.due(time.Now()) {
+			c.looking = false
+			c.stop <- struct{}{}
+		}
+	case c.reading:
+		c.arm(c.until())
+	}
+	return nil
 }
 
 // SetWriteDeadline implements net.Conn.

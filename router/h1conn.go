@@ -37,6 +37,8 @@ type h1conn struct {
 	last    time.Time
 	reused  bool
 	aborted atomic.Bool
+
+	rset, wset time.Time // when the deadlines were last moved; zero for none
 }
 
 // Write is what bw flushes to.
@@ -65,6 +67,23 @@ func (c *h1conn) writeBy(t time.Time) {
 	_ = c.c.SetWriteDeadline(t)
 	if c.aborted.Load() {
 		_ = c.c.SetDeadline(longAgo)
+	}
+}
+
+// lazily moves a deadline of d from now on only when a quarter of it has gone
+// by: moving it with every request costs more than that is worth.
+func (c *h1conn) lazily(set *time.Time, by func(time.Time), d time.Duration) {
+	if now := time.Now(); set.IsZero() || now.Sub(*set) > d/4 {
+		*set = now
+		by(now.Add(d))
+	}
+}
+
+// noReadLimit takes the read deadline away.
+func (c *h1conn) noReadLimit() {
+	if !c.rset.IsZero() {
+		c.rset = time.Time{}
+		c.readBy(time.Time{})
 	}
 }
 

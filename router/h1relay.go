@@ -169,12 +169,11 @@ func (x *h1relay) exchange() (*h1conn, func() bool, error) {
 
 // send writes the head and a short body, and starts on a long one.
 func (x *h1relay) send(conn *h1conn) error {
-	now := time.Now()
-	conn.writeBy(now.Add(x.rt.limits.BodyIdle))
+	conn.lazily(&conn.wset, conn.writeBy, x.rt.limits.BodyIdle)
 	if x.streamed {
-		conn.readBy(time.Time{}) // sendBody sets it once the body is out
+		conn.noReadLimit() // sendBody sets it once the body is out
 	} else {
-		conn.readBy(now.Add(x.rt.limits.ResponseHead))
+		conn.lazily(&conn.rset, conn.readBy, x.rt.limits.ResponseHead)
 	}
 	conn.writeHead(x.r, &x.origin, "", x.expect)
 	if x.ahead != nil {
@@ -300,7 +299,11 @@ func (x *h1relay) receive(conn *h1conn) error {
 		switch s := x.head.status; {
 		case s >= 200:
 			x.gotHead.Store(true)
-			conn.readBy(time.Time{})
+			if x.streamed {
+				conn.readBy(time.Time{}) // the other goroutine may have set it
+			} else if x.head.chunked || x.head.length < 0 || x.head.length > int64(conn.br.Buffered()) {
+				conn.noReadLimit() // else all is here
+			}
 			return nil
 		case s == http.StatusContinue:
 			if x.cont != nil {

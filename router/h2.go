@@ -14,28 +14,16 @@ import (
 	"golang.org/x/net/http2"
 
 	"github.com/m3o/m3o"
+	"github.com/m3o/m3o/internal/h2client"
 )
 
 // newH2 is the HTTP/2 client of one endpoint: it multiplexes over as few
 // connections as the app's stream limit allows.
-func newH2(e *endpoint, lim *limits) *http.Transport {
-	t := &http.Transport{
-		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-			return e.dial(ctx, lim.Dial)
-		},
-		MaxIdleConnsPerHost:    lim.IdlePerEndpoint,
-		IdleConnTimeout:        lim.Idle,
-		DisableCompression:     true,
-		MaxResponseHeaderBytes: int64(lim.Header),
-		Protocols:              new(http.Protocols),
-		HTTP2: &http.HTTP2Config{
-			// An app that hangs must not keep streams for ever.
-			SendPingTimeout: 15 * time.Second, PingTimeout: 15 * time.Second,
-			WriteByteTimeout: lim.BodyIdle,
-		},
-	}
-	t.Protocols.SetUnencryptedHTTP2(true)
-	return t
+func newH2(e *endpoint, lim *limits) *h2client.Client {
+	return h2client.New(h2client.Config{
+		Dial:      func(ctx context.Context) (net.Conn, error) { return e.dial(ctx, lim.Dial) },
+		MaxHeader: lim.Header, IdleTimeout: lim.Idle, WriteTimeout: lim.BodyIdle,
+	})
 }
 
 // deadlineSlack is how much later than the app the router enforces a call's
@@ -304,15 +292,13 @@ type gatewayWay struct{ q *request }
 func (g gatewayWay) RoundTrip(out *http.Request) (*http.Response, error) {
 	q := g.q
 	ctx, cancel := context.WithCancelCause(out.Context())
-	out = out.Clone(ctx)
-	out.URL.Scheme = "http"
+	out = out.WithContext(ctx)
 	for {
 		if upgradeTo(q.r) != "" {
 			q.call.upgrade(func() { cancel(errCut) }) // no server waits for a connection that was taken over
 		} else {
 			q.call.onCut(func() { cancel(errCut) })
 		}
-		out.URL.Host = q.call.ep.urlHost()
 		res, err := q.call.ep.h2.RoundTrip(out)
 		if err == nil {
 			q.noteCall(out.URL.Path, res.Header)

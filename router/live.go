@@ -5,12 +5,12 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"net"
-	"net/http"
 	"sync"
 	"sync/atomic"
 	"time"
 
 	"github.com/m3o/m3o"
+	"github.com/m3o/m3o/internal/h2client"
 )
 
 // host is one row of the table with the objects behind it.
@@ -77,7 +77,7 @@ type endpoint struct {
 	failed  atomic.Int64 // unix nanoseconds of the last dial that failed
 	outlier outlier
 	h1      h1pool
-	h2      *http.Transport
+	h2      *h2client.Client
 
 	mu      sync.Mutex // guards calls, cutting, idle
 	calls   call       // sentinel of the ring of calls in flight
