@@ -22,6 +22,10 @@ if [ "${1:-}" = bench ]; then # the reference and the load of the router's bench
   want nginx nginx
   want wrk wrk
   want h2load nghttp2-client
+  # Not every distribution's release has it; the benchmark then does without and says so.
+  if ! command -v caddy >/dev/null 2>&1 && apt-cache show caddy >/dev/null 2>&1; then
+    missing+=(caddy)
+  fi
 fi
 [ -e /etc/ssl/certs/ca-certificates.crt ] || missing+=(ca-certificates)
 pkg-config --exists libseccomp 2>/dev/null || missing+=(libseccomp-dev)

@@ -86,6 +86,17 @@ func freeAddr(ctx context.Context) (string, error) {
 	return ln.Addr().String(), ln.Close()
 }
 
+func freeAddrs(ctx context.Context, n int) ([]string, error) {
+	addrs := make([]string, n)
+	for i := range addrs {
+		var err error
+		if addrs[i], err = freeAddr(ctx); err != nil {
+			return nil, err
+		}
+	}
+	return addrs, nil
+}
+
 func port(addr string) string { return addr[strings.LastIndexByte(addr, ':')+1:] }
 
 func (b *box) logFile() string { return filepath.Join(b.dir, "m3od.log") }

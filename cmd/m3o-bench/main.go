@@ -21,6 +21,7 @@ import (
 	"os/exec"
 	"os/signal"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"syscall"
@@ -36,6 +37,7 @@ type bench struct {
 	root   string // of the repository
 	dir    string // temporary
 	rounds int
+	match  *regexp.Regexp                   // of the router's kinds of requests
 	say    func(format string, args ...any) // progress, to stderr
 }
 
@@ -44,17 +46,18 @@ type measurement struct {
 	name    string
 	title   string
 	measure func(*bench, context.Context, *section) error
+	alone   bool // it needs no daemon
 }
 
 var measurements = []measurement{
-	{"memory", "Memory", (*bench).memory}, // first: a fresh daemon, and then one with apps
-	{"change", "A one-line change, warm", (*bench).change},
-	{"unchanged", "A push that changes nothing", (*bench).unchanged},
-	{"protobuf", "Generated code", (*bench).protobuf},
-	{"rollback", "Rollback", (*bench).rollback},
-	{"router", "The router, against nginx", (*bench).proxies},
-	{"wake", "Scale from zero", (*bench).wake},
-	{"history", "Full history and one commit, against OpenSSH", (*bench).history},
+	{"memory", "Memory", (*bench).memory, false}, // first: a fresh daemon, and then one with apps
+	{"change", "A one-line change, warm", (*bench).change, false},
+	{"unchanged", "A push that changes nothing", (*bench).unchanged, false},
+	{"protobuf", "Generated code", (*bench).protobuf, false},
+	{"rollback", "Rollback", (*bench).rollback, false},
+	{"router", "The router, against nginx, Caddy and grpc-gateway", (*bench).proxies, true},
+	{"wake", "Scale from zero", (*bench).wake, false},
+	{"history", "Full history and one commit, against OpenSSH", (*bench).history, false},
 }
 
 func names() []string {
@@ -78,8 +81,13 @@ func main() {
 type settings struct {
 	rounds   int
 	only     []string
+	match    *regexp.Regexp
 	out, bin string
 	keep     bool
+}
+
+func (s settings) wants(m measurement) bool {
+	return len(s.only) == 0 || slices.Contains(s.only, m.name)
 }
 
 // parse reads the flags. The report is written by default only when all of it
@@ -90,6 +98,7 @@ func parse(args []string, stderr io.Writer) (settings, error) {
 	f.SetOutput(stderr)
 	f.IntVar(&s.rounds, "rounds", 7, "how often each figure is measured")
 	only := f.String("only", "", "measure only these, separated by commas: "+strings.Join(names(), ", "))
+	match := f.String("match", "", "measure only those kinds of the router's requests that this expression matches")
 	f.StringVar(&s.out, "out", "", "where to write the report (default docs/benchmarks.md when everything is measured)")
 	f.StringVar(&s.bin, "bin", "", "directory of the binaries (default bin of the repository)")
 	f.BoolVar(&s.keep, "keep", false, "keep the temporary directory, with the daemon's log")
@@ -106,6 +115,10 @@ func parse(args []string, stderr io.Writer) (settings, error) {
 	}
 	if s.rounds < 1 || s.rounds > 100 {
 		return bad("-rounds takes a number from 1 to 100, not %d", s.rounds)
+	}
+	var err error
+	if s.match, err = regexp.Compile(*match); err != nil {
+		return bad("-match: %w", err)
 	}
 	if *only != "" {
 		s.only = strings.Split(*only, ",")
@@ -148,7 +161,7 @@ func measureAll(ctx context.Context, s settings, stdout, stderr io.Writer) (err 
 	if err != nil {
 		return err
 	}
-	b := &bench{root: root, dir: dir, rounds: s.rounds}
+	b := &bench{root: root, dir: dir, rounds: s.rounds, match: s.match}
 	began := time.Now()
 	b.say = func(format string, args ...any) {
 		fmt.Fprintf(stderr, "%5.0fs  %s\n", time.Since(began).Seconds(), fmt.Sprintf(format, args...))
@@ -157,14 +170,20 @@ func measureAll(ctx context.Context, s settings, stdout, stderr io.Writer) (err 
 	if err != nil {
 		return errors.Join(err, os.RemoveAll(dir))
 	}
-	b.say("starting m3o in %s", dir)
-	bin := cmp.Or(s.bin, filepath.Join(root, "bin"))
-	if b.box, err = openBox(ctx, bin, dir); err != nil {
-		return errors.Join(err, os.RemoveAll(dir))
+	alone := !slices.ContainsFunc(measurements, func(m measurement) bool { return !m.alone && s.wants(m) })
+	if !alone {
+		b.say("starting m3o in %s", dir)
+		bin := cmp.Or(s.bin, filepath.Join(root, "bin"))
+		if b.box, err = openBox(ctx, bin, dir); err != nil {
+			return errors.Join(err, os.RemoveAll(dir))
+		}
 	}
 	defer func() {
 		b.say("stopping")
-		cerr := b.box.close(context.WithoutCancel(ctx))
+		var cerr error
+		if !alone {
+			cerr = b.box.close(context.WithoutCancel(ctx))
+		}
 		if cerr == nil && !s.keep {
 			cerr = os.RemoveAll(dir)
 		}
@@ -173,12 +192,14 @@ func measureAll(ctx context.Context, s settings, stdout, stderr io.Writer) (err 
 		}
 		err = errors.Join(err, cerr)
 	}()
-	if err := b.box.signIn(ctx); err != nil {
-		return err
+	if !alone {
+		if err := b.box.signIn(ctx); err != nil {
+			return err
+		}
 	}
 	var missing []error
 	for _, m := range measurements {
-		if len(s.only) > 0 && !slices.Contains(s.only, m.name) {
+		if !s.wants(m) {
 			continue
 		}
 		b.say("%s", m.title)
@@ -190,7 +211,10 @@ func measureAll(ctx context.Context, s settings, stdout, stderr io.Writer) (err 
 			// The others may still work; what is missing decides the exit status.
 			err = fmt.Errorf("%s: %w", m.name, err)
 			b.say("could not be measured: %v", err)
-			missing = append(missing, fmt.Errorf("%w; the daemon's log ends:\n%s", err, tail(b.box.logFile(), 3000)))
+			if !m.alone {
+				err = fmt.Errorf("%w; the daemon's log ends:\n%s", err, tail(b.box.logFile(), 3000))
+			}
+			missing = append(missing, err)
 			continue
 		}
 		rep.sections = append(rep.sections, sec)
@@ -201,7 +225,7 @@ func measureAll(ctx context.Context, s settings, stdout, stderr io.Writer) (err 
 		return errors.Join(missing...)
 	}
 	out := s.out
-	if out == "" && len(s.only) == 0 {
+	if out == "" && len(s.only) == 0 && s.match.String() == "" {
 		out = filepath.Join(root, "docs", "benchmarks.md")
 	}
 	if out == "" {
