@@ -14,7 +14,7 @@ import (
 const (
 	goodAnswers   = 2 // one can come from a process about to crash
 	badAnswers    = 3
-	firstLook     = 5 * time.Millisecond // after launch; grows while nothing answers
+	firstLook     = 2 * time.Millisecond // after launch; grows while nothing answers
 	slowLook      = 500 * time.Millisecond
 	secondLook    = 25 * time.Millisecond // after the first good answer
 	steadyLook    = 5 * time.Second
@@ -93,7 +93,7 @@ func (r *Reconciler) probe(ctx context.Context, in *instance, w Workload, addr s
 			in.why = err
 			r.mu.Unlock()
 		}
-		wait = min(max(wait, firstLook)*3/2, slowLook)
+		wait = min(max(wait, firstLook)*5/4, slowLook)
 		if ready {
 			wait = min(slowLook, cmp.Or(h.Period, slowLook))
 		}

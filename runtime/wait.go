@@ -182,12 +182,18 @@ func exitWords(d Driver, r Ref, in m3o.Instance) words {
 		return words{fmt.Sprintf("%s could not be started: %v", r.Process, why), ""}
 	case in.Exit > 128 && in.Exit < 128+65:
 		s := syscall.Signal(in.Exit - 128)
+		if s == sigsys {
+			return words{fmt.Sprintf("%s made a system call of another architecture, as a 32-bit program does, and was ended", r.Process), "build it for this machine's architecture"}
+		}
 		return words{fmt.Sprintf("%s was ended by signal %d (%v)", r.Process, in.Exit-128, s), ""}
 	case in.Exit == 0:
 		return words{fmt.Sprintf("%s exited at once, with code 0: a process type must keep running", r.Process), ""}
 	}
 	return words{fmt.Sprintf("%s exited with code %d", r.Process, in.Exit), ""}
 }
+
+// sigsys is SIGSYS, which only a foreign system call brings; other systems than Linux number it otherwise.
+const sigsys = syscall.Signal(31)
 
 // tooLate explains the instance that got least far.
 func tooLate(ctx context.Context, d Driver, r Ref, all map[string]m3o.Instance, after time.Duration) error {

@@ -39,7 +39,8 @@ import (
 type options struct {
 	runc, root, bundle, id string
 	lower                  string // of the overlay that becomes bundle/rootfs
-	cgroups                string // directories to move to, colon separated, the first before anything else
+	cgroup                 string // directory to move to before anything else; "": we were born where we belong
+	cgroups                string // directories to move to, colon separated, once the app has settled
 	memory                 string // the container's memory cgroup directory
 	log                    string // "": the container gets fds 5, 6 and 7 as they are
 	console                string // socket to send the terminal to
@@ -58,7 +59,8 @@ func main() {
 	flag.StringVar(&o.bundle, "bundle", "", "bundle directory")
 	flag.StringVar(&o.id, "id", "", "container id")
 	flag.StringVar(&o.lower, "lower", "", "overlay lower directories, top first")
-	flag.StringVar(&o.cgroups, "cgroups", "", "cgroup directories of the shim itself")
+	flag.StringVar(&o.cgroup, "cgroup", "", "cgroup directory to join at once")
+	flag.StringVar(&o.cgroups, "cgroups", "", "cgroup directories to join later")
 	flag.StringVar(&o.memory, "memory", "", "memory cgroup directory of the container")
 	flag.StringVar(&o.log, "log", "", "log file")
 	flag.StringVar(&o.console, "console", "", "console socket")
@@ -84,10 +86,8 @@ func run(o options, ready *os.File) error {
 	if err := os.WriteFile(filepath.Join(o.bundle, "shim.pid"), strconv.AppendInt(nil, int64(os.Getpid()), 10), 0o600); err != nil {
 		return fmt.Errorf("write pid: %w", err)
 	}
-	// One group is enough to find us, and the runc we start, by; each costs
-	// milliseconds on cgroup v1, so the others can wait.
-	first, others, _ := strings.Cut(o.cgroups, ":")
-	if err := join(first); err != nil {
+	// One group is enough to find us, and the runc we start, by.
+	if err := join(o.cgroup); err != nil {
 		return err
 	}
 	if err := unix.Prctl(unix.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0); err != nil {
@@ -129,11 +129,7 @@ func run(o options, ready *os.File) error {
 		_ = unix.Kill(pid, unix.SIGKILL)
 	}
 	_ = ready.Close()
-	for dir := range strings.SplitSeq(others, ":") {
-		if err := join(dir); err != nil {
-			fmt.Fprintln(os.Stderr, "m3o-shim:", err) // we live on in the daemon's
-		}
-	}
+	time.AfterFunc(settled, func() { joinAll(o.cgroups) })
 	e := wait(pid)
 	e.oom = oomKilled(o.memory)
 	if logs != nil {
@@ -141,6 +137,19 @@ func run(o options, ready *os.File) error {
 	}
 	err = status.write(e)
 	return errors.Join(err, remove(o))
+}
+
+// settled is when the app has certainly started. To move a process between
+// cgroups the kernel stops every fork and exec of the machine for some 10 ms,
+// and an app that starts does both.
+const settled = time.Second
+
+func joinAll(dirs string) {
+	for dir := range strings.SplitSeq(dirs, ":") {
+		if err := join(dir); err != nil {
+			fmt.Fprintln(os.Stderr, "m3o-shim:", err) // we live on in the daemon's
+		}
+	}
 }
 
 // join moves the shim to a cgroup.
@@ -247,14 +256,17 @@ func wait(pid int) exit {
 // "oom_kill N".
 func oomKilled(dir string) bool {
 	for _, name := range []string{"memory.events", "memory.oom_control"} {
-		b, err := os.ReadFile(filepath.Join(dir, name))
-		if err != nil {
-			continue
+		if b, err := os.ReadFile(filepath.Join(dir, name)); err == nil {
+			return oomKills(b)
 		}
-		for line := range strings.Lines(string(b)) {
-			if n, ok := strings.CutPrefix(line, "oom_kill "); ok {
-				return strings.TrimSpace(n) != "0"
-			}
+	}
+	return false
+}
+
+func oomKills(b []byte) bool {
+	for line := range strings.Lines(string(b)) {
+		if n, ok := strings.CutPrefix(line, "oom_kill "); ok {
+			return strings.TrimSpace(n) != "0"
 		}
 	}
 	return false

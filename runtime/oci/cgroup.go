@@ -3,7 +3,6 @@
 package oci
 
 import (
-	"bufio"
 	"context"
 	"errors"
 	"fmt"
@@ -35,34 +34,33 @@ type hierarchy struct {
 
 // findCgroups reads the mounted hierarchies from a mountinfo file.
 func findCgroups(name, mountinfo string) (cgroups, error) {
-	f, err := os.Open(mountinfo)
+	b, err := os.ReadFile(mountinfo)
 	if err != nil {
 		return cgroups{}, fmt.Errorf("find cgroups: %w", err)
 	}
-	defer f.Close() //nolint:errcheck // read only
-	c := cgroups{name: name}
-	sc := bufio.NewScanner(f)
-	for sc.Scan() {
+	c := cgroups{name, parseHierarchies(b)}
+	if len(c.hierarchies) == 0 {
+		return cgroups{}, errors.New("no cgroup hierarchy is mounted")
+	}
+	return c, nil
+}
+
+func parseHierarchies(mountinfo []byte) (all []hierarchy) {
+	for l := range strings.Lines(string(mountinfo)) {
 		// "36 35 98:0 /root /point opts - type source super-opts", see proc(5).
-		before, after, ok := strings.Cut(sc.Text(), " - ")
+		before, after, ok := strings.Cut(l, " - ")
 		left, right := strings.Fields(before), strings.Fields(after)
 		if !ok || len(left) < 5 || len(right) < 3 {
 			continue
 		}
 		switch right[0] {
 		case "cgroup2":
-			c.hierarchies = append(c.hierarchies, hierarchy{dir: left[4], v2: true})
+			all = append(all, hierarchy{dir: left[4], v2: true})
 		case "cgroup":
-			c.hierarchies = append(c.hierarchies, hierarchy{dir: left[4], controllers: strings.Split(right[2], ",")})
+			all = append(all, hierarchy{dir: left[4], controllers: strings.Split(right[2], ",")})
 		}
 	}
-	if err := sc.Err(); err != nil {
-		return cgroups{}, fmt.Errorf("find cgroups: %w", err)
-	}
-	if len(c.hierarchies) == 0 {
-		return cgroups{}, errors.New("no cgroup hierarchy is mounted")
-	}
-	return c, nil
+	return all
 }
 
 // unified is whether there is v2 alone.
@@ -112,24 +110,25 @@ func (c cgroups) memory(id string) string {
 }
 
 // shim makes the groups of an instance's shim and returns their directories:
-// in the hierarchies that somebody kills by or counts memory in. Joining a
-// group costs, so not in all of them.
-func (c cgroups) shim(id string) ([]string, error) {
-	var dirs []string
+// in the hierarchies that somebody kills by, counts memory in or divides the
+// CPU by: what an app's log costs to write is not taken from the daemon. A
+// process can be born into a group of cgroup v2, "" where there is none; the
+// others it has to join, which costs milliseconds, so they are not all.
+func (c cgroups) shim(id string) (born string, others []string, err error) {
 	for _, h := range c.hierarchies {
-		if h.v2 || slices.Contains(h.controllers, "memory") || slices.Contains(h.controllers, "name=systemd") {
+		if h.v2 || slices.ContainsFunc(h.controllers, func(c string) bool { return c == "memory" || c == "cpu" || c == "name=systemd" }) {
 			dir := filepath.Join(h.dir, c.name, shimGroup(id))
 			if err := os.MkdirAll(dir, 0o755); err != nil {
-				return nil, fmt.Errorf("make cgroup: %w", err)
+				return "", nil, fmt.Errorf("make cgroup: %w", err)
 			}
-			if h.v2 { // the cheapest to join comes first
-				dirs = append([]string{dir}, dirs...)
+			if h.v2 {
+				born = dir
 			} else {
-				dirs = append(dirs, dir)
+				others = append(others, dir)
 			}
 		}
 	}
-	return dirs, nil
+	return born, others, nil
 }
 
 func shimGroup(id string) string { return id + ".shim" }

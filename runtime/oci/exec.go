@@ -80,14 +80,17 @@ func (d *Driver) Exec(ctx context.Context, instance string, c runtime.Cmd) (int,
 		defer stdin.Close() //nolint:errcheck // read by the command
 		cmd.Stdin, cmd.Stdout, cmd.Stderr = stdin, c.Out, c.Err
 	}
+	running, ended := context.WithCancel(ctx)
+	defer ended()
 	stop := c.PassSignals(func(sig syscall.Signal) error {
-		pid, err := readPid(pidFile)
+		pid, err := awaitPid(running, pidFile)
 		if err != nil || !inCgroup(pid, instance) {
-			return err // not started yet, or gone
+			return err // it has ended
 		}
 		return unix.Kill(pid, sig)
 	})
 	err = cmd.Run()
+	ended()
 	stop()
 	finish()
 	if ctx.Err() != nil {
@@ -104,6 +107,22 @@ func (d *Driver) Exec(ctx context.Context, instance string, c runtime.Cmd) (int,
 		return -1, fmt.Errorf("exec: %w", err)
 	}
 	return 0, nil
+}
+
+// awaitPid reads the process id of a command, which runc may write only when
+// the command has begun to talk: a signal that comes then must not be lost.
+func awaitPid(running context.Context, path string) (int, error) {
+	for {
+		pid, err := readPid(path)
+		if err == nil {
+			return pid, nil
+		}
+		select {
+		case <-running.Done():
+			return 0, err
+		case <-time.After(time.Millisecond):
+		}
+	}
 }
 
 func (d *Driver) writeProcess(dir, instance string, w runtime.Workload, c runtime.Cmd, size [2]uint16) error {

@@ -158,7 +158,7 @@ func firstOf(all ...[]string) []string {
 
 // spawn starts a shim and waits until it has had the container created.
 func (d *Driver) spawn(ctx context.Context, id, lower string, l launch) (shim, pid int, err error) {
-	groups, err := d.cgroups.shim(id)
+	born, others, err := d.cgroups.shim(id)
 	if err != nil {
 		return 0, 0, err
 	}
@@ -183,8 +183,12 @@ func (d *Driver) spawn(ctx context.Context, id, lower string, l launch) (shim, p
 		return 0, 0, fmt.Errorf("make pipe: %w", err)
 	}
 	defer ready.Close() //nolint:errcheck // read only
+	first := ""
+	if born == "" {
+		first, others = others[0], others[1:]
+	}
 	cmd := exec.Command(d.cfg.Shim, "-runc", d.cfg.Runc, "-root", d.cfg.Run, "-bundle", dir, "-id", id, "-lower", lower,
-		"-cgroups", strings.Join(groups, ":"), "-memory", d.cgroups.memory(id), "-log", l.log, "-console", l.console)
+		"-cgroup", first, "-cgroups", strings.Join(others, ":"), "-memory", d.cgroups.memory(id), "-log", l.log, "-console", l.console)
 	cmd.Env = cleanEnv
 	cmd.Dir = "/"
 	cmd.Stderr = errs
@@ -193,6 +197,14 @@ func (d *Driver) spawn(ctx context.Context, id, lower string, l launch) (shim, p
 		cmd.ExtraFiles = append(cmd.ExtraFiles, l.stdio[:]...)
 	}
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true} // no terminal's signals
+	if born != "" {
+		group, err := os.Open(born)
+		if err != nil {
+			return 0, 0, fmt.Errorf("open cgroup: %w", err)
+		}
+		defer group.Close() //nolint:errcheck // the shim is in it
+		cmd.SysProcAttr.UseCgroupFD, cmd.SysProcAttr.CgroupFD = true, int(group.Fd())
+	}
 	err = cmd.Start()
 	_ = w.Close()
 	if err != nil {

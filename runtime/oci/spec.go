@@ -119,6 +119,11 @@ func (b bundle) spec() (*specs.Spec, error) {
 	if s.Linux.Seccomp, err = seccomp.GetDefaultProfile(s); err != nil {
 		return nil, fmt.Errorf("make seccomp profile: %w", err)
 	}
+	// This machine's own system calls alone, and not the 32-bit ones it has
+	// beside them: they are the less tested half of the kernel, and leaving
+	// them out halves the time in which runc compiles the filter, a third of
+	// a start. A 32-bit program is ended by SIGSYS.
+	s.Linux.Seccomp.Architectures = s.Linux.Seccomp.Architectures[:min(1, len(s.Linux.Seccomp.Architectures))]
 	return s, nil
 }
 
