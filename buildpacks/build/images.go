@@ -33,10 +33,12 @@ const (
 
 func platform() v1.Platform { return v1.Platform{OS: platformO, Architecture: goruntime.GOARCH} }
 
-// baseLayers makes the layers that do not depend on an app, and remembers them.
+// baseLayers are the layers that do not depend on an app.
 type baseLayers struct {
 	mu   sync.Mutex
 	made map[[32]byte]v1.Descriptor // by content
+	// settings is the last layer of the image steps run in, once it is made.
+	settings v1.Descriptor
 }
 
 // runtimeLayer is what every image begins with: CA roots, time zones, the
@@ -98,13 +100,54 @@ func (b *Builder) runtimeLayer(ctx context.Context, cs content.Store, tc toolcha
 	return d, nil
 }
 
-// stepRoot is the image steps run in: the runtime layer and the toolchain.
+// stepRoot is the image steps run in: the runtime layer, the toolchain, and
+// what the go command reads of its user's settings.
 func (b *Builder) stepRoot(ctx context.Context, tc toolchain) (v1.Descriptor, error) {
 	base, err := b.runtimeLayer(ctx, b.toolchains.store, tc)
 	if err != nil {
 		return v1.Descriptor{}, err
 	}
-	return putImage(ctx, b.toolchains.store, platform(), v1.ImageConfig{}, nil, base, tc.Layer)
+	settings, err := b.settingsLayer(ctx)
+	if err != nil {
+		return v1.Descriptor{}, err
+	}
+	return putImage(ctx, b.toolchains.store, platform(), v1.ImageConfig{}, nil, base, tc.Layer, settings)
+}
+
+// With this file below XDG_CONFIG_HOME the go command does not start itself
+// once more, at every call, to count that it was called.
+const (
+	configHome    = "etc/go-config"
+	telemetryFile = configHome + "/go/telemetry/mode"
+)
+
+func (b *Builder) settingsLayer(ctx context.Context) (v1.Descriptor, error) {
+	b.base.mu.Lock()
+	defer b.base.mu.Unlock()
+	if b.base.settings.Digest != "" {
+		return b.base.settings, nil
+	}
+	l, err := newLayer(ctx, b.toolchains.store, "settings-layer")
+	if err != nil {
+		return v1.Descriptor{}, err
+	}
+	defer l.close()
+	for i, c := range telemetryFile {
+		if c == '/' {
+			if err := l.dir(telemetryFile[:i], 0o755); err != nil {
+				return v1.Descriptor{}, err
+			}
+		}
+	}
+	const off = "off"
+	if err := l.file(telemetryFile, 0o644, int64(len(off)), strings.NewReader(off)); err != nil {
+		return v1.Descriptor{}, err
+	}
+	d, err := l.commit(ctx)
+	if err == nil {
+		b.base.settings = d
+	}
+	return d, err
 }
 
 // initLayout makes Images an OCI image layout.
