@@ -67,14 +67,17 @@ var (
 	downloading  = regexp.MustCompile(`^go: (?:downloading|finding|extracting) `)
 	fetching     = regexp.MustCompile(`(?:reading|Get|Post) "?https?://.*(?:dial tcp|timeout|refused|no such host|TLS handshake|: 5[0-9][0-9] |EOF|server misbehaving|reset by peer)`)
 	notServed    = regexp.MustCompile(`(?:reading|Get) "?https?://.*: 4[0-9][0-9] `)
-	noFiles      = regexp.MustCompile(`build constraints exclude all Go files in (\S+)`)
-	sumMissing   = regexp.MustCompile(`missing go\.sum entry|updates to go\.(?:mod|sum) needed|inconsistent vendoring`)
-	noGit        = regexp.MustCompile(`exec: "git": executable file not found`)
-	failedTest   = regexp.MustCompile(`^\s*--- FAIL: `)
-	notRequired  = regexp.MustCompile(`no required module provides package|cannot find module providing package|is not in std`)
-	pluginFailed = regexp.MustCompile(`^protoc-gen-[a-z0-9-]+ v\S+ failed: `)
-	newerGo      = regexp.MustCompile(`requires go >= \S+ \(running go`)
-	wrongSum     = regexp.MustCompile(`checksum mismatch|SECURITY ERROR`)
+	unauthorized = regexp.MustCompile(`(?:reading|Get) "?https?://.*: 40[13] `)
+	// moduleVersion is a module as the go command names it in an error.
+	moduleVersion = regexp.MustCompile(`[^\s:"]+@v[^\s:"]+`)
+	noFiles       = regexp.MustCompile(`build constraints exclude all Go files in (\S+)`)
+	sumMissing    = regexp.MustCompile(`missing go\.sum entry|updates to go\.(?:mod|sum) needed|inconsistent vendoring`)
+	noGit         = regexp.MustCompile(`exec: "git": executable file not found`)
+	failedTest    = regexp.MustCompile(`^\s*--- FAIL: `)
+	notRequired   = regexp.MustCompile(`no required module provides package|cannot find module providing package|is not in std`)
+	pluginFailed  = regexp.MustCompile(`^protoc-gen-[a-z0-9-]+ v\S+ failed: `)
+	newerGo       = regexp.MustCompile(`requires go >= \S+ \(running go`)
+	wrongSum      = regexp.MustCompile(`checksum mismatch|SECURITY ERROR`)
 )
 
 // explainExit finds the one line of what the tools said that names the fault.
@@ -109,7 +112,13 @@ func explainExit(tool string, code uint32, said []string, err error) error {
 	case wrongSum.MatchString(all):
 		e.Hint = "a module is not what go.sum says: run go mod verify, then go mod tidy, and commit"
 	case fetching.MatchString(line):
-		e.Kind, e.Hint = m3o.Unavailable, "a module could not be fetched: push again, or check GOPROXY of the daemon"
+		what := "a module"
+		if m := moduleVersion.FindString(line); m != "" {
+			what = m
+		}
+		e.Kind, e.Hint = m3o.Unavailable, what+" is not in the cache and could not be fetched: push again when its server answers, or check m3od --goproxy"
+	case unauthorized.MatchString(line):
+		e.Hint = "the module's server wants a password: set config var NETRC, and name it in build.secrets of m3o.yaml"
 	case notServed.MatchString(line):
 		e.Hint = "the module proxy does not have that version: run go get for one it has, and commit go.mod and go.sum"
 	case sumMissing.MatchString(all):

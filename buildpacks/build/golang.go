@@ -148,6 +148,11 @@ func (b *Builder) goGraph(req Request, root v1.Descriptor) llb.State {
 		shared, apart = "-verify"+shared, "-verify"+apart
 	}
 	readonly := llb.AddMount("/src", src, llb.Readonly)
+	if own {
+		// BuildKit remembers results by all that went into them but secrets and
+		// caches: an app with the same tree must not get what it could not build.
+		base = base.AddEnv("M3O_CACHE_OF", req.App)
+	}
 	args := append([]string{"build"}, flags...)
 	args = append(args, "-ldflags="+strings.TrimSpace("-s -w "+stamped(g.LDFlags, req)), "-o", "/out/")
 	for _, t := range req.Plan.Targets {

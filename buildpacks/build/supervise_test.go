@@ -199,7 +199,7 @@ func TestBuildsReachTheWorldButNotTheHost(t *testing.T) {
 	if tried == 0 {
 		t.Error("the host has no address to try")
 	}
-	world := newWorld(t, "203.0.113.9", "198.18.77.9", "169.254.169.254")
+	_, world, _ := net.SplitHostPort(newWorld(t, "203.0.113.9", "198.18.77.9", "169.254.169.254").Addr().String())
 	eventually(t, "way into the world", func() bool { return inBuilds(t, b, net.JoinHostPort("203.0.113.9", world)) == nil })
 	for _, addr := range []string{"198.18.77.9", "169.254.169.254"} {
 		if err := inBuilds(t, b, net.JoinHostPort(addr, world)); err == nil || !isTimeout(err) {
@@ -217,8 +217,8 @@ func isTimeout(err error) bool {
 	return ok && ne.Timeout()
 }
 
-// newWorld makes a namespace with a listener on each address and returns the port.
-func newWorld(t *testing.T, addrs ...string) string {
+// newWorld makes a namespace with a listener on each address.
+func newWorld(t *testing.T, addrs ...string) net.Listener {
 	t.Helper()
 	hold := exec.Command("sleep", "600")
 	hold.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET, Pdeathsig: 0}
@@ -291,8 +291,7 @@ func newWorld(t *testing.T, addrs ...string) string {
 	o := <-got
 	must(o.err)
 	t.Cleanup(func() { _ = o.l.Close() })
-	_, port, _ := net.SplitHostPort(o.l.Addr().String())
-	return port
+	return o.l
 }
 
 // A state directory on a disk too small for what BuildKit unpacks.

@@ -29,7 +29,7 @@ import (
 )
 
 // limit bounds the whole run.
-const limit = 40 * time.Minute
+const limit = 60 * time.Minute
 
 // A bench is what one run measures with.
 type bench struct {
@@ -51,9 +51,11 @@ type measurement struct {
 
 var measurements = []measurement{
 	{"memory", "Memory", (*bench).memory, false}, // first: a fresh daemon, and then one with apps
+	{"cold", "A cold build", (*bench).cold, false},
 	{"change", "A one-line change, warm", (*bench).change, false},
 	{"unchanged", "A push that changes nothing", (*bench).unchanged, false},
 	{"protobuf", "Generated code", (*bench).protobuf, false},
+	{"heavy", "Apps beside a heavy build", (*bench).heavy, false},
 	{"rollback", "Rollback", (*bench).rollback, false},
 	{"router", "The router, against nginx, Caddy and grpc-gateway", (*bench).proxies, true},
 	{"wake", "Scale from zero", (*bench).wake, false},
