@@ -168,6 +168,7 @@ func (d *Daemon) apiHandler() http.Handler {
 	mux.Handle(m3ov1connect.NewReposHandler(reposAPI{d.repos}, opts...))
 	mux.Handle("/hooks/", d.repos.recv)
 	mux.HandleFunc("GET /hooks/log/{app}/{commit}/{mac}", d.repos.serveLog)
+	mux.HandleFunc("GET "+schemaPath, serveSchema)
 	mux.HandleFunc("GET /-/health", func(w http.ResponseWriter, _ *http.Request) { _, _ = w.Write([]byte("ok\n")) })
 	return mux
 }

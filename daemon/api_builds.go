@@ -2,6 +2,7 @@ package daemon
 
 import (
 	"context"
+	"net/http"
 	"strconv"
 
 	"connectrpc.com/connect"
@@ -9,7 +10,19 @@ import (
 	"github.com/m3o/m3o"
 	m3ov1 "github.com/m3o/m3o/api/m3o/v1"
 	"github.com/m3o/m3o/api/m3o/v1/m3ov1connect"
+	"github.com/m3o/m3o/buildpacks"
 )
+
+// schemaPath is where editors find the JSON Schema of m3o.yaml, of the very
+// version that will read the file. Nobody has to sign in for it.
+const schemaPath = "/-/m3o.schema.json"
+
+func serveSchema(w http.ResponseWriter, _ *http.Request) {
+	w.Header().Set("Content-Type", "application/schema+json")
+	w.Header().Set("Access-Control-Allow-Origin", "*") // editors in browsers
+	w.Header().Set("Cache-Control", "public, max-age=300")
+	_, _ = w.Write(buildpacks.Schema())
+}
 
 type buildRecordsAPI struct{ d *Daemon }
 

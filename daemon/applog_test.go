@@ -51,6 +51,30 @@ func TestBuildOutputBecomesLines(t *testing.T) {
 	}
 }
 
+func TestEndlessBuildOutputIsCutAndTheEndKept(t *testing.T) {
+	d := &Daemon{cfg: Config{Data: t.TempDir()}}
+	f, err := d.openBuildLog("hello", 1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	line := "       " + strings.Repeat("x", 1<<20-8) + "\n"
+	for range 20 {
+		if n, err := io.WriteString(f, line); n != len(line) || err != nil {
+			t.Fatalf("Write = %d, %v", n, err)
+		}
+	}
+	output{f}.step("Building")
+	output{f}.fail(&m3o.Error{Kind: m3o.Invalid, Msg: "it went wrong"})
+	if err := f.Close(); err != nil {
+		t.Fatal(err)
+	}
+	b, err := os.ReadFile(d.buildLog("hello", 1))
+	const end = " !     The output is longer than 16 MB: from here on only the steps are kept\n-----> Building\n !     it went wrong\n"
+	if err != nil || len(b) != 16<<20+len(end) || !strings.HasSuffix(string(b), end) {
+		t.Errorf("%d bytes, %v; it ends %q", len(b), err, b[max(0, len(b)-200):])
+	}
+}
+
 func TestInstancesAreToldOf(t *testing.T) {
 	d := &Daemon{logs: newAppLogs(t.TempDir(), slog.New(slog.DiscardHandler))}
 	at := func(p m3o.Phase, exit int) m3o.Instance {

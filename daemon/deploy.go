@@ -113,6 +113,7 @@ func (d *Daemon) push(ctx context.Context, turn *turn, src m3o.Source, w io.Writ
 	if err != nil {
 		return nil, d.endBuild(ctx, bld, err)
 	}
+	d.forgetBuilds(ctx, src.App)
 	logFile, err := d.openBuildLog(src.App, bld.Number)
 	if err != nil {
 		return nil, d.failDeploy(ctx, dep.ID, d.endBuild(ctx, bld, err))
@@ -134,11 +135,13 @@ func (d *Daemon) push(ctx context.Context, turn *turn, src m3o.Source, w io.Writ
 	d.imagesMu.RLock()
 	defer d.imagesMu.RUnlock()
 	plan, api, res, err := d.build(ctx, src, tree, both)
+	bld.Image, bld.Toolchain, bld.Base, bld.Size, bld.Steps = res.Image, res.Toolchain, res.Base, res.Size, res.Steps
+	if plan != nil {
+		bld.Builder = plan.Builder
+	}
 	if err != nil {
 		return fail(d.endBuild(ctx, bld, err))
 	}
-	bld.Image, bld.Toolchain, bld.Base = res.Image, res.Toolchain, res.Base
-	bld.Builder, bld.Size, bld.Steps = plan.Builder, res.Size, res.Steps
 	if err := d.document(ctx, src, bld.Number, bld.Started, plan, res); err != nil {
 		return fail(d.endBuild(ctx, bld, err))
 	}
@@ -202,7 +205,8 @@ func checkTip(ctx context.Context, src m3o.Source) error {
 	return nil
 }
 
-// build plans from the tree and builds the image.
+// build plans from the tree and builds the image. With an error it returns how
+// far it came.
 func (d *Daemon) build(ctx context.Context, src m3o.Source, tree *source.Tree, w io.Writer) (*buildpacks.Plan, interfaces, build.Result, error) {
 	if src.Image != "" {
 		plan, res, err := d.takeImage(ctx, src, w)
@@ -221,14 +225,14 @@ func (d *Daemon) build(ctx context.Context, src m3o.Source, tree *source.Tree, w
 		if cause := context.Cause(pctx); cause != nil {
 			err = cause
 		}
-		return nil, api, build.Result{}, err
+		return plan, api, build.Result{}, err
 	}
 	if err := d.askedEnv(ctx, src.App, src.User, plan); err != nil {
-		return nil, api, build.Result{}, err
+		return plan, api, build.Result{}, err
 	}
 	secrets, err := d.buildSecrets(ctx, src.App, plan)
 	if err != nil {
-		return nil, api, build.Result{}, err
+		return plan, api, build.Result{}, err
 	}
 	res, err := d.builder.Build(ctx, build.Request{App: src.App, User: src.User, Plan: plan, Tree: tree, Out: w, Commit: src.Commit, Time: tree.Time(), Secrets: secrets,
 		Generate: api.generate, NoCache: slices.Contains(src.Options, "force-rebuild")})
@@ -239,7 +243,7 @@ func (d *Daemon) build(ctx context.Context, src m3o.Source, tree *source.Tree, w
 		if cause := context.Cause(ctx); cause != nil {
 			err = cause
 		}
-		return nil, api, res, err
+		return plan, api, res, err
 	}
 	exposed(plan, res.Port)
 	return plan, api, res, nil

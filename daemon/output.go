@@ -1,8 +1,11 @@
 package daemon
 
 import (
+	"context"
+	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"strings"
 	"sync"
@@ -88,8 +91,64 @@ func (t *tee) logged() io.Writer {
 	return t.log
 }
 
+// Limits of what is kept of an app's builds.
+const (
+	keepBuilds  = 100      // records and outputs, beside those of releases that a rollback offers
+	maxBuildLog = 16 << 20 // bytes of one build's output
+)
+
+// A cappedLog is a build's output on disk. When it is full, what tools print is
+// left out; m3o's own lines, which say how the build goes on and ends, are few
+// and still kept.
+type cappedLog struct {
+	file *os.File // not embedded: its other ways to write would go round the limit
+	left int
+	full bool
+}
+
+func (c *cappedLog) Close() error { return c.file.Close() }
+
+func (c *cappedLog) Write(p []byte) (int, error) {
+	if !c.full && len(p) <= c.left {
+		c.left -= len(p)
+		return c.file.Write(p)
+	}
+	if !c.full {
+		c.full = true
+		if _, err := fmt.Fprintf(c.file, " !     The output is longer than %d MB: from here on only the steps are kept\n", maxBuildLog>>20); err != nil {
+			return 0, err
+		}
+	}
+	if s := string(p); strings.HasPrefix(s, "----->") || strings.HasPrefix(s, " !  ") || strings.HasPrefix(s, "       Released ") {
+		return c.file.Write(p)
+	}
+	return len(p), nil
+}
+
+// forgetBuilds removes the records and outputs of an app's old builds.
+func (d *Daemon) forgetBuilds(ctx context.Context, app string) {
+	kept, err := d.ledger.Kept(ctx, app)
+	if err != nil {
+		d.log.Error("forget old builds", "app", app, "err", err)
+		return
+	}
+	var needed []int
+	for _, rel := range kept {
+		needed = append(needed, rel.Build)
+	}
+	gone, err := d.ledger.ForgetBuilds(ctx, app, keepBuilds, needed)
+	if err != nil {
+		d.log.Error("forget old builds", "app", app, "err", err)
+	}
+	for _, n := range gone {
+		if err := os.Remove(d.buildLog(app, n)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			d.log.Error("forget old builds", "app", app, "build", n, "err", err)
+		}
+	}
+}
+
 // openBuildLog opens the file of a build's output for appending.
-func (d *Daemon) openBuildLog(app string, number int) (*os.File, error) {
+func (d *Daemon) openBuildLog(app string, number int) (*cappedLog, error) {
 	if err := os.MkdirAll(d.cfg.path("builds", app), 0o700); err != nil {
 		return nil, fmt.Errorf("make build log directory: %w", err)
 	}
@@ -97,7 +156,7 @@ func (d *Daemon) openBuildLog(app string, number int) (*os.File, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open build log: %w", err)
 	}
-	return f, nil
+	return &cappedLog{file: f, left: maxBuildLog}, nil
 }
 
 func (d *Daemon) buildLog(app string, number int) string {

@@ -269,6 +269,27 @@ func (l *Ledger) RunningBuilds(ctx context.Context) ([]m3o.Build, error) {
 	return running, nil
 }
 
+// ForgetBuilds removes the records of an app's builds but for the newest keep,
+// those that have not ended, and those that needed names, and returns the
+// numbers of what it removed. Numbers are not given out again.
+func (l *Ledger) ForgetBuilds(ctx context.Context, app string, keep int, needed []int) ([]int, error) {
+	entries, err := l.builds.List(ctx, app+"/")
+	if err != nil {
+		return nil, fmt.Errorf("list builds of %s: %w", app, err)
+	}
+	var gone []int
+	for _, e := range entries[:max(0, len(entries)-max(keep, 1))] { // oldest first; the newest holds the number
+		if e.Value.Status == m3o.BuildRunning || slices.Contains(needed, e.Value.Number) {
+			continue
+		}
+		if err := l.builds.Delete(ctx, e.Key, 0); err != nil {
+			return gone, fmt.Errorf("forget build %d of %s: %w", e.Value.Number, app, err)
+		}
+		gone = append(gone, e.Value.Number)
+	}
+	return gone, nil
+}
+
 // AppendRelease writes a release for ever and gives it the app's next version.
 // Versions have no gaps. Created is now unless it is set.
 func (l *Ledger) AppendRelease(ctx context.Context, r m3o.Release) (m3o.Release, error) {
@@ -330,8 +351,11 @@ func newest[T any](ctx context.Context, b *store.Bucket[T], app string, last, li
 		return all, nil
 	}
 	list := make([]T, 0, limit)
-	for n := last; n > last-limit; n-- {
+	for n := last; n > 0 && len(list) < limit; n-- {
 		v, _, err := b.Get(ctx, key(app, n))
+		if m3o.KindOf(err) == m3o.NotFound {
+			continue // forgotten: see ForgetBuilds
+		}
 		if err != nil {
 			return nil, err
 		}

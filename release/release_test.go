@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -217,6 +218,41 @@ func TestBuilds(t *testing.T) {
 	running, err := l.RunningBuilds(ctx)
 	if err != nil || len(running) != 2 {
 		t.Errorf("RunningBuilds = %v, %v, want two", running, err)
+	}
+}
+
+func TestForgottenBuildsLeaveTheirNumbers(t *testing.T) {
+	l := ledger(t)
+	ctx := t.Context()
+	for n := range 6 {
+		b, err := l.StartBuild(ctx, m3o.Build{App: "hello"})
+		if err == nil && n != 1 { // build 2 still runs
+			b.Status = m3o.BuildFailed
+			err = l.EndBuild(ctx, b)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	gone, err := l.ForgetBuilds(ctx, "hello", 2, []int{3})
+	if err != nil || !slices.Equal(gone, []int{1, 4}) {
+		t.Errorf("ForgetBuilds = %v, %v, want builds 1 and 4", gone, err)
+	}
+	for limit, want := range map[int]string{0: "6 5 3 2", 3: "6 5 3", 5: "6 5 3 2"} {
+		bs, err := l.Builds(ctx, "hello", limit)
+		var got []string
+		for _, b := range bs {
+			got = append(got, fmt.Sprint(b.Number))
+		}
+		if err != nil || strings.Join(got, " ") != want {
+			t.Errorf("Builds(%d) = %v, %v, want %s", limit, got, err, want)
+		}
+	}
+	if gone, err := l.ForgetBuilds(ctx, "hello", 0, nil); err != nil || !slices.Equal(gone, []int{3, 5}) {
+		t.Errorf("ForgetBuilds = %v, %v, want builds 3 and 5", gone, err)
+	}
+	if b, err := l.StartBuild(ctx, m3o.Build{App: "hello"}); err != nil || b.Number != 7 {
+		t.Errorf("StartBuild = %d, %v, want 7", b.Number, err)
 	}
 }
 

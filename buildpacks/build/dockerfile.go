@@ -87,10 +87,11 @@ func (b *Builder) buildDockerfile(ctx context.Context, req Request, out *output)
 		Exports: []client.ExportEntry{{Type: client.ExporterOCI, OutputStore: b.images, Attrs: map[string]string{
 			"tar": "false", "oci-mediatypes": "true", "compression": "uncompressed", "force-compression": "true", "rewrite-timestamp": "true"}}},
 	}
-	if made, err = b.solve(ctx, req, nil, opt, w); err != nil {
+	made, err = b.solve(ctx, req, nil, opt, w)
+	res.Steps = append(res.Steps, w.steps()...)
+	if err != nil {
 		return res, b.explainDockerfile(ctx, gen, err, w, d.File)
 	}
-	res.Steps = append(res.Steps, w.steps()...)
 	mark = time.Now()
 	if err := b.adopt(ctx, req, made.ExporterResponse["containerimage.digest"], &res); err != nil {
 		return res, disk(fmt.Errorf("write image: %w", err))

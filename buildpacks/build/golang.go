@@ -79,13 +79,13 @@ func (b *Builder) buildGo(ctx context.Context, req Request, out *output) (Result
 	if lerr == nil && layer.Digest != "" {
 		defer b.unpin(layer)
 	}
+	res.Steps = append(res.Steps, watch.steps()...)
 	if err != nil || lerr != nil {
 		return res, b.explain(ctx, gen, err, lerr, watch)
 	}
 	if layer.Digest == "" {
 		return res, errors.New("build: BuildKit sent no result")
 	}
-	res.Steps = append(res.Steps, watch.steps()...)
 	mark = time.Now()
 	layers := []v1.Descriptor{base, layer}
 	if len(req.Plan.Copy) > 0 {

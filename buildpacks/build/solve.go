@@ -70,7 +70,8 @@ const startWait = time.Minute
 // The error is Invalid if the source is at fault, with the compiler's own last
 // line as its message; Unavailable if it is not and another try may do:
 // BuildKit stopped, the disk is full, a module could not be fetched. If ctx
-// ends, the step is stopped at once and the error wraps ctx's.
+// ends, the step is stopped at once and the error wraps ctx's. With an error the
+// result has the steps there were, and nothing else.
 func (b *Builder) Build(ctx context.Context, req Request) (Result, error) {
 	began := time.Now()
 	if err := checkRequest(req); err != nil {
@@ -90,7 +91,7 @@ func (b *Builder) Build(ctx context.Context, req Request) (Result, error) {
 		if ctx.Err() == nil && tctx.Err() != nil {
 			err = context.Cause(tctx)
 		}
-		return Result{}, err
+		return Result{Steps: res.Steps}, err
 	}
 	res.Took = time.Since(began)
 	return res, nil

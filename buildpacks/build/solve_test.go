@@ -13,6 +13,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -319,6 +320,9 @@ func TestFaultsOfTheSource(t *testing.T) {
 			}
 			if c.msg != "" && strings.HasPrefix(c.msg, "./") && !strings.Contains(out, "       "+c.msg) {
 				t.Errorf("the compiler's line is not in the output:\n%s", out)
+			}
+			if name == "does not compile" && !slices.ContainsFunc(res.Steps, func(s Step) bool { return s.Name == stepBuild && s.Took > 0 }) {
+				t.Errorf("steps %+v of the failed build", res.Steps)
 			}
 		})
 	}
