@@ -39,7 +39,6 @@ type h1relay struct {
 	head     respHead
 	spent    bool // the connection cannot be used again
 	gotHead  atomic.Bool
-	allRead  atomic.Bool   // the client's body has been read to its end
 	cont     chan struct{} // closed when the app wants the body
 	bodyDone chan error    // the goroutine's end, nil before it starts
 	stopBody chan struct{}
@@ -84,10 +83,7 @@ func (x *h1relay) prepareBody() bool {
 		return true
 	}
 	x.streamed = true
-	if r.ProtoMajor == 1 {
-		// Without it net/http would read the body itself once the answer begins.
-		_ = http.NewResponseController(x.w).EnableFullDuplex() // its own ResponseWriter has it
-	}
+	x.duplex() // or net/http would read the body itself once the answer begins
 	return true
 }
 
@@ -207,10 +203,7 @@ func (x *h1relay) sendBody(conn *h1conn) error {
 	buf := buffers.Get().(*[]byte)
 	defer buffers.Put(buf)
 	for {
-		n, err := x.r.Body.Read(*buf)
-		if errors.Is(err, io.EOF) {
-			x.allRead.Store(true) // before the app can know, and answer
-		}
+		n, err := x.body.Read(*buf)
 		if n > 0 {
 			conn.writeBy(time.Now().Add(x.rt.limits.BodyIdle))
 			if chunked {
@@ -234,6 +227,9 @@ func (x *h1relay) sendBody(conn *h1conn) error {
 		if !errors.Is(err, io.EOF) {
 			// Half a body must not look like a whole one.
 			conn.abort()
+			if x.body.stopped.Load() {
+				return errBodyNotSent
+			}
 			return &clientError{err}
 		}
 		if chunked {
@@ -271,14 +267,13 @@ func (x *h1relay) endBody(conn *h1conn) bool {
 		return true
 	}
 	var err error
-	if x.allRead.Load() {
+	if x.body.allRead.Load() {
 		conn.writeBy(time.Now().Add(time.Second)) // for what is left to write
 		err = <-x.bodyDone
 	} else {
 		close(x.stopBody)
 		conn.abort()
-		// The client may be slow with the rest of a body nobody wants.
-		_ = http.NewResponseController(x.w).SetReadDeadline(longAgo)
+		x.body.interrupt() // the client may be slow with the rest of a body nobody wants
 		err = <-x.bodyDone
 	}
 	x.bodyDone <- err // it may be asked again
@@ -339,9 +334,6 @@ func (x *h1relay) deliver(conn *h1conn) bool {
 	}
 	if _, ok := h["Date"]; !ok {
 		h["Date"] = nil
-	}
-	if x.streamed && x.r.ProtoMajor == 1 && !x.allRead.Load() {
-		h["Connection"] = []string{"close"} // the rest of the body will not be read
 	}
 	x.w.WriteHeader(head.status)
 	if empty {
@@ -404,7 +396,7 @@ func (x *h1relay) deliver(conn *h1conn) bool {
 // brokeOff cuts the client off: its answer has begun and cannot be completed,
 // and an end that looks like the end would be a lie.
 func (q *request) brokeOff(err error) {
-	if q.r.Context().Err() == nil {
+	if !q.clientGone() {
 		q.failed("answer broke off", err)
 	}
 	panic(http.ErrAbortHandler)
@@ -418,7 +410,7 @@ func (q *request) failH1(err error) {
 	case client:
 		problem{code: http.StatusBadRequest, grpc: grpcInvalid, app: q.host.App, msg: "the request's body broke off or is malformed"}.write(q.w, q.r)
 		return
-	case q.r.Context().Err() != nil:
+	case q.clientGone():
 		panic(http.ErrAbortHandler) // nobody listens
 	case q.call.ep != nil && q.call.isCut():
 		p.code, p.msg = http.StatusServiceUnavailable, "app "+q.host.App+" was replaced while it worked on this request"

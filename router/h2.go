@@ -48,9 +48,7 @@ func (q *request) relayH2() {
 	}
 	ctx, cancel := context.WithCancelCause(parent)
 	var res *http.Response
-	unhook := func() {}
 	defer func() {
-		unhook()
 		// Closing the answer waits for the goroutine that sends the request's
 		// body, which may wait for the client (golang/go#48908): cancel first.
 		cancel(nil)
@@ -59,22 +57,7 @@ func (q *request) relayH2() {
 		}
 	}()
 	if r.ContentLength != 0 {
-		rc := http.NewResponseController(w)
-		if r.ProtoMajor == 1 {
-			_ = rc.EnableFullDuplex() // its own ResponseWriter has it
-		}
-		// The transport does not look at ctx while it reads the request's body,
-		// so an end that is not the client's must reach it that way.
-		ended := make(chan struct{})
-		stop := context.AfterFunc(ctx, func() {
-			defer close(ended)
-			_ = rc.SetReadDeadline(longAgo)
-		})
-		unhook = func() {
-			if !stop() {
-				<-ended // w is gone when the handler is
-			}
-		}
+		q.duplex()
 	}
 	q.claim(r.Header)
 	out := (&http.Request{
@@ -86,9 +69,7 @@ func (q *request) relayH2() {
 		q.call.onCut(func() { cancel(errCut) })
 		out.URL.Host = q.call.ep.urlHost()
 		if r.ContentLength != 0 {
-			// RoundTrip closes the body even when the dial failed; the server
-			// closes the real one when the handler returns.
-			out.Body = io.NopCloser(r.Body)
+			out.Body = q.body
 		}
 		var err error
 		res, err = q.call.ep.h2.RoundTrip(out)
@@ -143,7 +124,7 @@ func (q *request) relayH2() {
 		if err == nil {
 			continue
 		}
-		if !grpc || r.Context().Err() != nil {
+		if !grpc || q.clientGone() {
 			if q.call.isCut() && strings.HasPrefix(h.Get("Content-Type"), "text/event-stream") {
 				return
 			}
@@ -197,7 +178,7 @@ func outHeader(in http.Header) http.Header {
 
 // failH2 answers a request whose answer has not begun.
 func (q *request) failH2(ctx context.Context, err error) {
-	if q.r.Context().Err() != nil {
+	if q.clientGone() {
 		panic(http.ErrAbortHandler) // nobody listens
 	}
 	if isDial(err) {
@@ -293,6 +274,9 @@ func (g gatewayWay) RoundTrip(out *http.Request) (*http.Response, error) {
 	q := g.q
 	ctx, cancel := context.WithCancelCause(out.Context())
 	out = out.WithContext(ctx)
+	if out.ContentLength < 0 && q.body != nil && q.r.ProtoMajor == 1 {
+		q.rec.body = q.body // sent as it comes
+	}
 	for {
 		if upgradeTo(q.r) != "" {
 			q.call.upgrade(func() { cancel(errCut) }) // no server waits for a connection that was taken over
@@ -318,7 +302,10 @@ func (g gatewayWay) RoundTrip(out *http.Request) (*http.Response, error) {
 }
 
 func (q *request) wayError(ctx context.Context, err error) error {
-	if cause := context.Cause(ctx); cause != nil && !errors.Is(cause, errCut) {
+	switch cause := context.Cause(ctx); {
+	case errors.Is(cause, errCut):
+		err = cause // what it was before would look like the caller's own doing
+	case cause != nil:
 		return cause // the caller's own doing
 	}
 	q.failed("call failed", err)

@@ -25,10 +25,11 @@ type request struct {
 	call   call
 	held   bool // call is counted on call.ep
 	tried  []*endpoint
-	rec    recorder // what w is
-	caller string   // who was let in, "" when nobody had to say
-	inside bool     // an app calls, which a link lets in
-	why    string   // why the router answered in the app's stead
+	rec    recorder    // what w is
+	caller string      // who was let in, "" when nobody had to say
+	inside bool        // an app calls, which a link lets in
+	why    string      // why the router answered in the app's stead
+	body   *clientBody // the client's body where another goroutine reads it, else nil
 
 	toCanary bool // host is the canary of the one that was found
 }
@@ -95,6 +96,9 @@ func (q *request) relay(rest string) {
 	a.inflight.Add(1)
 	defer func() {
 		q.record(began, broken)
+		if q.body != nil {
+			q.body.end()
+		}
 		if q.held {
 			q.call.done()
 		}
@@ -120,10 +124,10 @@ func (q *request) serve(rest string) {
 		problem{code: http.StatusUnsupportedMediaType, grpc: grpcUnimplemented, app: h.App, msg: "app " + h.App + " speaks HTTP, not gRPC",
 			hint: "call it at its own host, " + h.Name}.write(q.w, r)
 	case q.byApp && gw != nil:
-		q.claim(r.Header)
+		q.forGateway()
 		gw.ServePath(q.w, r, h.api, rest, gatewayWay{q})
 	case h.grpc && gw != nil && gw.Match(r, h.api):
-		q.claim(r.Header)
+		q.forGateway()
 		gw.ServeApp(q.w, r, h.api, gatewayWay{q})
 	case h.grpc && !grpc:
 		problem{code: http.StatusNotImplemented, app: h.App, msg: "app " + h.App + " speaks gRPC only",
@@ -136,6 +140,14 @@ func (q *request) serve(rest string) {
 		problem{code: http.StatusOK, grpc: grpcUnimplemented, app: h.App, msg: "app " + h.App + " does not speak gRPC"}.write(q.w, r)
 	default:
 		q.relayH1()
+	}
+}
+
+// forGateway makes the request what a Gateway is to see.
+func (q *request) forGateway() {
+	q.claim(q.r.Header)
+	if q.r.ContentLength != 0 {
+		q.r.Body = q.shareBody()
 	}
 }
 
@@ -278,7 +290,7 @@ func (q *request) acquire() error {
 // false when there is none or it has been tried enough.
 func (q *request) next(err error) bool {
 	q.rt.log.Debug("dial failed", "app", q.host.App, "release", q.host.Release, "err", err)
-	if q.r.Context().Err() != nil {
+	if q.clientGone() {
 		return false
 	}
 	q.tried = append(q.tried, q.call.ep)
@@ -289,7 +301,7 @@ func (q *request) next(err error) bool {
 
 // failed counts and logs a request the app did not get to answer.
 func (q *request) failed(what string, err error) {
-	if errors.Is(q.r.Context().Err(), context.Canceled) {
+	if q.clientGone() && errors.Is(q.r.Context().Err(), context.Canceled) {
 		return // the client's own choice
 	}
 	q.host.app.failures.Add(1)
@@ -299,7 +311,7 @@ func (q *request) failed(what string, err error) {
 
 // deny answers after every dial failed.
 func (q *request) deny(err error) {
-	if q.r.Context().Err() != nil {
+	if q.clientGone() {
 		panic(http.ErrAbortHandler) // nobody listens
 	}
 	q.failed("cannot reach the app", err)

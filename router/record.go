@@ -64,7 +64,8 @@ type recorder struct {
 	http.ResponseWriter
 	status int
 	out    int64
-	last   bool // the connection ends with this answer
+	last   bool        // the connection ends with this answer
+	body   *clientBody // of an HTTP/1.1 request that is read beside the answer
 	call   rpcNote
 	cookie string // to set on the answer, "" for none
 }
@@ -79,9 +80,6 @@ type rpcNote struct {
 func (c *recorder) WriteHeader(status int) {
 	if c.status == 0 && (status >= 200 || status == http.StatusSwitchingProtocols) {
 		c.begin(status)
-		if c.last && status != http.StatusSwitchingProtocols {
-			c.Header()["Connection"] = []string{"close"}
-		}
 	}
 	c.ResponseWriter.WriteHeader(status)
 }
@@ -89,6 +87,12 @@ func (c *recorder) WriteHeader(status int) {
 // begin is called before the head of the final answer goes out.
 func (c *recorder) begin(status int) {
 	c.status = status
+	switch {
+	case c.body != nil && !c.body.allRead.Load():
+		lastAnswer(c.ResponseWriter)
+	case c.last && status != http.StatusSwitchingProtocols:
+		c.Header()["Connection"] = []string{"close"}
+	}
 	if c.cookie != "" {
 		h := c.Header()
 		h["Set-Cookie"] = append(h["Set-Cookie"], c.cookie)
@@ -162,7 +166,7 @@ func (q *request) record(began time.Time, broken bool) {
 	if q.call.ep != nil {
 		x.Endpoint, x.Release = q.call.ep.addr, q.call.ep.id.n
 	}
-	if broken && r.Context().Err() != nil {
+	if broken && q.clientGone() {
 		x.Broken = false // the client's own doing
 	}
 	if x.Status == 0 {

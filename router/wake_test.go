@@ -136,10 +136,13 @@ func TestGRPCCallWakesTheApp(t *testing.T) {
 	host := appHost("rpc", 1, GRPC, addr)
 	f.put(t, asleep(host))
 	asks := f.asked(t)
+	put := make(chan struct{})
 	go func() {
+		defer close(put)
 		<-asks
 		f.put(t, host)
 	}()
+	defer func() { <-put }()
 	if _, err := f.dial(t, "rpc.localhost").UnaryCall(t.Context(), &testpb.SimpleRequest{}); err != nil {
 		t.Error(err)
 	}
