@@ -31,7 +31,7 @@ type appsAPI struct{ d *Daemon }
 
 func (a appsAPI) wire(ctx context.Context, app m3o.App) (*m3ov1.App, error) {
 	out := &m3ov1.App{Name: app.Name, Owner: app.Owner, Branch: app.DeployBranch(), Url: a.d.url(app.Name), GitUrl: a.d.gitURL(app.Name),
-		Created: stamp(app.Created), Status: "no release"}
+		Created: stamp(app.Created), Status: "no release", LockedBy: app.Lock.User, LockReason: app.Lock.Reason, LockedSince: stamp(app.Lock.At)}
 	rel, err := a.d.ledger.Live(ctx, app.Name)
 	if m3o.KindOf(err) == m3o.NotFound {
 		return out, nil

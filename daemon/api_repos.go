@@ -1,6 +1,7 @@
 package daemon
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -32,6 +33,11 @@ func (a reposAPI) Connect(ctx context.Context, req *connect.Request[m3ov1.Connec
 		return nil, err
 	}
 	res, err := a.r.connect(ctx, c, secrets)
+	if m3o.KindOf(err) == m3o.Unavailable {
+		// Nothing is tried again for somebody who waits for the answer.
+		return nil, &m3o.Error{Kind: m3o.Unavailable, Msg: fmt.Sprintf("%s (%s)", userMessage(err), cmp.Or(c.API, c.Host)),
+			Hint: "check the address and --api-url, and that the forge is up; then run m3o repo:connect again", Err: err}
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -71,6 +77,9 @@ func (a reposAPI) plan(ctx context.Context, m *m3ov1.ConnectRepoRequest) (*conne
 	}
 	if m.Token != "" && m.AppKey != "" {
 		return nil, nil, &m3o.Error{Kind: m3o.Invalid, Msg: "a token and a GitHub App were given", Hint: "choose one"}
+	}
+	if m.AppId != 0 && strings.TrimSpace(m.AppKey) == "" {
+		return nil, nil, &m3o.Error{Kind: m3o.Invalid, Msg: "the private key of the GitHub App is empty", Hint: "download one on the App's settings page; m3o repo:connect … --github-app ID --app-key FILE"}
 	}
 	if m.AppKey != "" && (p != webhook.GitHub || m.AppId == 0) {
 		return nil, nil, &m3o.Error{Kind: m3o.Invalid, Msg: "a GitHub App is for GitHub and needs its id", Hint: "m3o repo:connect … --github-app ID --app-key FILE"}
@@ -323,6 +332,12 @@ func (a reposAPI) Run(ctx context.Context, req *connect.Request[m3ov1.RunRepoReq
 	c.App = name
 	rem := gitserver.Remote{URL: c.URL, CAFile: r.d.cfg.ForgeCA}
 	commit, at, err := resolveRun(ctx, rem, ref)
+	if k := m3o.KindOf(err); k == m3o.NotFound || k == m3o.Denied || k == m3o.Unavailable {
+		if strings.Contains(userMessage(err), "branch or tag") {
+			return err
+		}
+		return &m3o.Error{Kind: k, Msg: userMessage(err), Hint: "check the address; a private repository is deployed by m3o repo:connect with a credential", Err: err}
+	}
 	if err != nil {
 		return err
 	}

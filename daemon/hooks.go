@@ -418,8 +418,10 @@ func (j *job) report(ctx context.Context, s forge.State, text, hint string) {
 	j.r.reports.status(ctx, &j.c, j.commit, forge.Status{Context: name, State: s, Description: text, URL: log})
 	j.r.reports.deployment(ctx, &j.c, forge.Deployment{Environment: j.env, Commit: j.commit, Ref: strings.TrimPrefix(j.ref, "refs/heads/"), State: s,
 		URL: j.r.d.url(j.app), LogURL: log, Production: j.production})
-	if j.pull != nil {
+	if !j.production {
 		j.r.note(ctx, j.app, s, text)
+	}
+	if j.pull != nil {
 		j.r.comment(ctx, &j.c, j.pull.Number, j.app, j.commit, s, text, hint)
 	}
 }

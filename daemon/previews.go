@@ -178,8 +178,10 @@ func (r *repos) ensurePreview(ctx context.Context, app string, p preview) error 
 	if err != nil && m3o.KindOf(err) != m3o.Conflict {
 		return err
 	}
-	_, err = r.previews.Put(ctx, p.Name, p)
-	return err
+	if _, err = r.previews.Put(ctx, p.Name, p); err != nil {
+		return err
+	}
+	return r.d.applyLinks(ctx)
 }
 
 // configure gives a preview the variables of its app that are no secrets (all
@@ -230,6 +232,9 @@ func (r *repos) configure(ctx context.Context, app, name string, secrets bool, u
 
 // note keeps how the newest deploy of a preview went.
 func (r *repos) note(ctx context.Context, name string, s forge.State, text string) {
+	if m3o.ParentOf(name) == name {
+		return
+	}
 	p, rev, err := r.previews.Get(ctx, name)
 	if err != nil {
 		return
@@ -242,6 +247,18 @@ func (r *repos) note(ctx context.Context, name string, s forge.State, text strin
 	if _, err := r.previews.Update(ctx, name, p, rev); err != nil {
 		r.d.log.Warn("note state of a preview", "app", name, "err", err)
 	}
+}
+
+// noteLive and noteFailed keep how a deploy of a preview ended, whoever caused
+// it; of other apps they keep nothing.
+func (r *repos) noteLive(ctx context.Context, rel m3o.Release) {
+	r.note(ctx, rel.App, forge.Success, rel.Name()+" is live")
+}
+
+func (r *repos) noteFailed(ctx context.Context, app string, err error) {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 10*time.Second)
+	defer cancel()
+	r.note(ctx, app, forge.Failure, firstLine(userMessage(err)))
 }
 
 // list is the previews of an app by name.

@@ -29,6 +29,32 @@ type runs struct {
 	mu     sync.Mutex // guards what follows
 	byApp  map[string]int
 	images map[string]int // they run in, which must not be pruned
+	calls  map[string]int // by app: scheduled calls under way, which the router does not see
+}
+
+// call counts a scheduled call in, during which its app stays awake; the
+// function it returns counts it out.
+func (r *runs) call(app string) (end func()) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.calls == nil {
+		r.calls = map[string]int{}
+	}
+	r.calls[app]++
+	return func() {
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		if r.calls[app]--; r.calls[app] == 0 {
+			delete(r.calls, app)
+		}
+	}
+}
+
+// called reports whether a scheduled call of app is under way.
+func (r *runs) called(app string) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.calls[app] > 0
 }
 
 // begin counts one in; the function it returns counts it out.

@@ -152,6 +152,14 @@ func (d *Daemon) scheduledCall(ctx context.Context, rec schedule, out io.Writer)
 	}
 	ctx, cancel := context.WithTimeoutCause(ctx, callLimit, &m3o.Error{Kind: m3o.Unavailable, Msg: fmt.Sprintf("no answer within %s", callLimit)})
 	defer cancel()
+	defer d.runs.call(rec.App)() // from before it is woken on: or it could be put to sleep at once
+	if f, err := d.ledger.Formation(ctx, rec.App); err != nil {
+		return "", err
+	} else if f.Asleep {
+		if err := d.wakeUp(ctx, rec.App); err != nil {
+			return "", fmt.Errorf("wake it: %w", err)
+		}
+	}
 	addr, tr, err := d.reachable(ctx, rel)
 	if err != nil {
 		return "", err

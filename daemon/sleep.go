@@ -144,6 +144,9 @@ func (d *Daemon) sleep(ctx context.Context, app string, after time.Duration, req
 		return err
 	}
 	defer unlock()
+	if d.runs.called(app) {
+		return nil
+	}
 	st, err := d.router.Status(ctx)
 	if err != nil {
 		return err

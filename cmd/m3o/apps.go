@@ -165,8 +165,23 @@ func runInfo(ctx context.Context, c *call) error {
 		c.fields("App", plain(a.GetName()), "URL", plain(a.GetUrl()), "Git", plain(a.GetGitUrl()),
 			"Status", c.status(plain(a.GetStatus())), "Release", plain(a.GetRelease()), "Commit", short(plain(a.GetCommit())),
 			"Instances", instances, "Branch", plain(a.GetBranch()), "Owner", plain(a.GetOwner()),
-			"Created", c.when(a.GetCreated()), "Released", c.when(a.GetReleased()))
+			"Created", c.when(a.GetCreated()), "Released", c.when(a.GetReleased()), "Locked", c.lockWords(a))
+		if a.GetLockedSince() != nil {
+			c.hint("m3o unlock -a %s", plain(a.GetName()))
+		}
 	})
+}
+
+// lockWords says who locked an app, since when and why; "" when it is not locked.
+func (c *call) lockWords(a *m3ov1.App) string {
+	if a.GetLockedSince() == nil {
+		return ""
+	}
+	s := fmt.Sprintf("by %s since %s", plain(a.GetLockedBy()), c.when(a.GetLockedSince()))
+	if a.GetLockReason() != "" {
+		s += ": " + plain(a.GetLockReason())
+	}
+	return s
 }
 
 func runDestroy(ctx context.Context, c *call) error {

@@ -24,18 +24,25 @@ type forged struct {
 	f    *forgetest.Forge
 	p    *person
 	app  string
+	as   string // which forge it is: "github", "gitlab" …
 	repo string // owner/name
 	dir  string // a member's clone
 	hook forgetest.Hook
 	sent int
 }
 
-// connect connects a new app to a new private repository whose main branch
-// has hello-http in it, and waits until that is live.
+// connectRepo is connectTo GitHub.
 func connectRepo(t *testing.T, app string, flags ...string) *forged {
 	t.Helper()
+	return connectTo(t, "github", app, flags...)
+}
+
+// connectTo connects a new app to a new private repository at a forge whose
+// main branch has hello-http in it.
+func connectTo(t *testing.T, forge, app string, flags ...string) *forged {
+	t.Helper()
 	b := theBox(t)
-	x := &forged{t: t, b: b, f: forgetest.New(t), p: b.user(t, "ada"), app: app, repo: "org/" + app}
+	x := &forged{t: t, b: b, f: forgetest.New(t), p: b.user(t, "ada"), app: app, as: forge, repo: "org/" + app}
 	if err := os.WriteFile(filepath.Join(b.dir, "forge.crt"), x.f.CA(), 0o600); err != nil {
 		t.Fatal(err)
 	}
@@ -46,7 +53,7 @@ func connectRepo(t *testing.T, app string, flags ...string) *forged {
 	if slices.Contains(flags, "--deploy-key") {
 		address = "ssh://git@" + x.f.SSH + "/" + x.repo + ".git"
 	}
-	args := append([]string{"repo:connect", address, "-a", app, "--token-stdin", "--forge", "github", "--api-url", "https://" + x.f.Host + "/api/v3/"}, flags...)
+	args := append([]string{"repo:connect", address, "-a", app, "--token-stdin", "--forge", forge, "--api-url", x.f.API(forge)}, flags...)
 	cmd := x.p.command("", "m3o", args...)
 	cmd.Stdin = strings.NewReader(forgetest.Token + "\n")
 	out, err := cmd.CombinedOutput()
@@ -77,6 +84,7 @@ func (x *forged) send(event string, body any) {
 // status waits until the last status of a commit is want.
 func (x *forged) status(commit, want string) forgetest.Status {
 	x.t.Helper()
+	want = forgetest.Word(x.as, want)
 	var last forgetest.Status
 	defer func() {
 		if x.t.Failed() {

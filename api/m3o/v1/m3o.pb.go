@@ -991,18 +991,22 @@ func (*CreateUserResponse) Descriptor() ([]byte, []int) {
 }
 
 type App struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
-	Owner         string                 `protobuf:"bytes,2,opt,name=owner,proto3" json:"owner,omitempty"`
-	Branch        string                 `protobuf:"bytes,3,opt,name=branch,proto3" json:"branch,omitempty"`
-	Url           string                 `protobuf:"bytes,4,opt,name=url,proto3" json:"url,omitempty"`
-	GitUrl        string                 `protobuf:"bytes,5,opt,name=git_url,json=gitUrl,proto3" json:"git_url,omitempty"` // ssh://m3o@host:port/app
-	Status        string                 `protobuf:"bytes,6,opt,name=status,proto3" json:"status,omitempty"`               // "no release", "running", "down" (released, but no instance is ready)
-	Release       string                 `protobuf:"bytes,7,opt,name=release,proto3" json:"release,omitempty"`             // v12, "" before the first
-	Created       *timestamppb.Timestamp `protobuf:"bytes,8,opt,name=created,proto3" json:"created,omitempty"`
-	Released      *timestamppb.Timestamp `protobuf:"bytes,9,opt,name=released,proto3" json:"released,omitempty"`
-	Instances     int32                  `protobuf:"varint,10,opt,name=instances,proto3" json:"instances,omitempty"` // ready ones
-	Commit        string                 `protobuf:"bytes,11,opt,name=commit,proto3" json:"commit,omitempty"`
+	state     protoimpl.MessageState `protogen:"open.v1"`
+	Name      string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Owner     string                 `protobuf:"bytes,2,opt,name=owner,proto3" json:"owner,omitempty"`
+	Branch    string                 `protobuf:"bytes,3,opt,name=branch,proto3" json:"branch,omitempty"`
+	Url       string                 `protobuf:"bytes,4,opt,name=url,proto3" json:"url,omitempty"`
+	GitUrl    string                 `protobuf:"bytes,5,opt,name=git_url,json=gitUrl,proto3" json:"git_url,omitempty"` // ssh://m3o@host:port/app
+	Status    string                 `protobuf:"bytes,6,opt,name=status,proto3" json:"status,omitempty"`               // "no release", "running", "down" (released, but no instance is ready)
+	Release   string                 `protobuf:"bytes,7,opt,name=release,proto3" json:"release,omitempty"`             // v12, "" before the first
+	Created   *timestamppb.Timestamp `protobuf:"bytes,8,opt,name=created,proto3" json:"created,omitempty"`
+	Released  *timestamppb.Timestamp `protobuf:"bytes,9,opt,name=released,proto3" json:"released,omitempty"`
+	Instances int32                  `protobuf:"varint,10,opt,name=instances,proto3" json:"instances,omitempty"` // ready ones
+	Commit    string                 `protobuf:"bytes,11,opt,name=commit,proto3" json:"commit,omitempty"`
+	// While it is locked, what is built is not published.
+	LockedBy      string                 `protobuf:"bytes,12,opt,name=locked_by,json=lockedBy,proto3" json:"locked_by,omitempty"`
+	LockReason    string                 `protobuf:"bytes,13,opt,name=lock_reason,json=lockReason,proto3" json:"lock_reason,omitempty"`
+	LockedSince   *timestamppb.Timestamp `protobuf:"bytes,14,opt,name=locked_since,json=lockedSince,proto3" json:"locked_since,omitempty"` // not set when it is not locked
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1112,6 +1116,27 @@ func (x *App) GetCommit() string {
 		return x.Commit
 	}
 	return ""
+}
+
+func (x *App) GetLockedBy() string {
+	if x != nil {
+		return x.LockedBy
+	}
+	return ""
+}
+
+func (x *App) GetLockReason() string {
+	if x != nil {
+		return x.LockReason
+	}
+	return ""
+}
+
+func (x *App) GetLockedSince() *timestamppb.Timestamp {
+	if x != nil {
+		return x.LockedSince
+	}
+	return nil
 }
 
 type CreateAppRequest struct {
@@ -3231,7 +3256,7 @@ const file_m3o_v1_m3o_proto_rawDesc = "" +
 	"\x11CreateUserRequest\x12\x12\n" +
 	"\x04user\x18\x01 \x01(\tR\x04user\x12\x14\n" +
 	"\x05admin\x18\x02 \x01(\bR\x05admin\"\x14\n" +
-	"\x12CreateUserResponse\"\xc8\x02\n" +
+	"\x12CreateUserResponse\"\xc5\x03\n" +
 	"\x03App\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
 	"\x05owner\x18\x02 \x01(\tR\x05owner\x12\x16\n" +
@@ -3244,7 +3269,11 @@ const file_m3o_v1_m3o_proto_rawDesc = "" +
 	"\breleased\x18\t \x01(\v2\x1a.google.protobuf.TimestampR\breleased\x12\x1c\n" +
 	"\tinstances\x18\n" +
 	" \x01(\x05R\tinstances\x12\x16\n" +
-	"\x06commit\x18\v \x01(\tR\x06commit\">\n" +
+	"\x06commit\x18\v \x01(\tR\x06commit\x12\x1b\n" +
+	"\tlocked_by\x18\f \x01(\tR\blockedBy\x12\x1f\n" +
+	"\vlock_reason\x18\r \x01(\tR\n" +
+	"lockReason\x12=\n" +
+	"\flocked_since\x18\x0e \x01(\v2\x1a.google.protobuf.TimestampR\vlockedSince\">\n" +
 	"\x10CreateAppRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x16\n" +
 	"\x06branch\x18\x02 \x01(\tR\x06branch\"2\n" +
@@ -3512,76 +3541,77 @@ var file_m3o_v1_m3o_proto_depIdxs = []int32{
 	11, // 4: m3o.v1.ListKeysResponse.keys:type_name -> m3o.v1.Key
 	55, // 5: m3o.v1.App.created:type_name -> google.protobuf.Timestamp
 	55, // 6: m3o.v1.App.released:type_name -> google.protobuf.Timestamp
-	20, // 7: m3o.v1.CreateAppResponse.app:type_name -> m3o.v1.App
-	20, // 8: m3o.v1.ListAppsResponse.apps:type_name -> m3o.v1.App
-	20, // 9: m3o.v1.GetAppResponse.app:type_name -> m3o.v1.App
-	55, // 10: m3o.v1.Release.created:type_name -> google.protobuf.Timestamp
-	54, // 11: m3o.v1.Release.processes:type_name -> m3o.v1.Release.ProcessesEntry
-	29, // 12: m3o.v1.ListReleasesResponse.releases:type_name -> m3o.v1.Release
-	29, // 13: m3o.v1.RollbackResponse.release:type_name -> m3o.v1.Release
-	55, // 14: m3o.v1.Build.started:type_name -> google.protobuf.Timestamp
-	55, // 15: m3o.v1.Build.finished:type_name -> google.protobuf.Timestamp
-	35, // 16: m3o.v1.ListBuildsResponse.builds:type_name -> m3o.v1.Build
-	40, // 17: m3o.v1.ListConfigResponse.vars:type_name -> m3o.v1.Var
-	40, // 18: m3o.v1.SetConfigRequest.vars:type_name -> m3o.v1.Var
-	55, // 19: m3o.v1.Instance.since:type_name -> google.protobuf.Timestamp
-	55, // 20: m3o.v1.Instance.next_start:type_name -> google.protobuf.Timestamp
-	47, // 21: m3o.v1.ListInstancesResponse.instances:type_name -> m3o.v1.Instance
-	55, // 22: m3o.v1.LogsRequest.since:type_name -> google.protobuf.Timestamp
-	55, // 23: m3o.v1.LogsRequest.until:type_name -> google.protobuf.Timestamp
-	55, // 24: m3o.v1.LogsResponse.time:type_name -> google.protobuf.Timestamp
-	30, // 25: m3o.v1.Release.ProcessesEntry.value:type_name -> m3o.v1.Process
-	1,  // 26: m3o.v1.Auth.Challenge:input_type -> m3o.v1.ChallengeRequest
-	3,  // 27: m3o.v1.Auth.Login:input_type -> m3o.v1.LoginRequest
-	5,  // 28: m3o.v1.Auth.Bootstrap:input_type -> m3o.v1.BootstrapRequest
-	7,  // 29: m3o.v1.Auth.Whoami:input_type -> m3o.v1.WhoamiRequest
-	9,  // 30: m3o.v1.Auth.Logout:input_type -> m3o.v1.LogoutRequest
-	12, // 31: m3o.v1.Keys.Add:input_type -> m3o.v1.AddKeyRequest
-	14, // 32: m3o.v1.Keys.List:input_type -> m3o.v1.ListKeysRequest
-	16, // 33: m3o.v1.Keys.Remove:input_type -> m3o.v1.RemoveKeyRequest
-	18, // 34: m3o.v1.Keys.CreateUser:input_type -> m3o.v1.CreateUserRequest
-	21, // 35: m3o.v1.Apps.Create:input_type -> m3o.v1.CreateAppRequest
-	23, // 36: m3o.v1.Apps.List:input_type -> m3o.v1.ListAppsRequest
-	25, // 37: m3o.v1.Apps.Get:input_type -> m3o.v1.GetAppRequest
-	27, // 38: m3o.v1.Apps.Destroy:input_type -> m3o.v1.DestroyAppRequest
-	31, // 39: m3o.v1.Releases.List:input_type -> m3o.v1.ListReleasesRequest
-	33, // 40: m3o.v1.Releases.Rollback:input_type -> m3o.v1.RollbackRequest
-	36, // 41: m3o.v1.Builds.List:input_type -> m3o.v1.ListBuildsRequest
-	38, // 42: m3o.v1.Builds.Output:input_type -> m3o.v1.BuildOutputRequest
-	41, // 43: m3o.v1.Config.List:input_type -> m3o.v1.ListConfigRequest
-	43, // 44: m3o.v1.Config.Set:input_type -> m3o.v1.SetConfigRequest
-	45, // 45: m3o.v1.Config.Unset:input_type -> m3o.v1.UnsetConfigRequest
-	48, // 46: m3o.v1.Processes.List:input_type -> m3o.v1.ListInstancesRequest
-	50, // 47: m3o.v1.Processes.Logs:input_type -> m3o.v1.LogsRequest
-	52, // 48: m3o.v1.Server.Info:input_type -> m3o.v1.InfoRequest
-	2,  // 49: m3o.v1.Auth.Challenge:output_type -> m3o.v1.ChallengeResponse
-	4,  // 50: m3o.v1.Auth.Login:output_type -> m3o.v1.LoginResponse
-	6,  // 51: m3o.v1.Auth.Bootstrap:output_type -> m3o.v1.BootstrapResponse
-	8,  // 52: m3o.v1.Auth.Whoami:output_type -> m3o.v1.WhoamiResponse
-	10, // 53: m3o.v1.Auth.Logout:output_type -> m3o.v1.LogoutResponse
-	13, // 54: m3o.v1.Keys.Add:output_type -> m3o.v1.AddKeyResponse
-	15, // 55: m3o.v1.Keys.List:output_type -> m3o.v1.ListKeysResponse
-	17, // 56: m3o.v1.Keys.Remove:output_type -> m3o.v1.RemoveKeyResponse
-	19, // 57: m3o.v1.Keys.CreateUser:output_type -> m3o.v1.CreateUserResponse
-	22, // 58: m3o.v1.Apps.Create:output_type -> m3o.v1.CreateAppResponse
-	24, // 59: m3o.v1.Apps.List:output_type -> m3o.v1.ListAppsResponse
-	26, // 60: m3o.v1.Apps.Get:output_type -> m3o.v1.GetAppResponse
-	28, // 61: m3o.v1.Apps.Destroy:output_type -> m3o.v1.DestroyAppResponse
-	32, // 62: m3o.v1.Releases.List:output_type -> m3o.v1.ListReleasesResponse
-	34, // 63: m3o.v1.Releases.Rollback:output_type -> m3o.v1.RollbackResponse
-	37, // 64: m3o.v1.Builds.List:output_type -> m3o.v1.ListBuildsResponse
-	39, // 65: m3o.v1.Builds.Output:output_type -> m3o.v1.BuildOutputResponse
-	42, // 66: m3o.v1.Config.List:output_type -> m3o.v1.ListConfigResponse
-	44, // 67: m3o.v1.Config.Set:output_type -> m3o.v1.SetConfigResponse
-	46, // 68: m3o.v1.Config.Unset:output_type -> m3o.v1.UnsetConfigResponse
-	49, // 69: m3o.v1.Processes.List:output_type -> m3o.v1.ListInstancesResponse
-	51, // 70: m3o.v1.Processes.Logs:output_type -> m3o.v1.LogsResponse
-	53, // 71: m3o.v1.Server.Info:output_type -> m3o.v1.InfoResponse
-	49, // [49:72] is the sub-list for method output_type
-	26, // [26:49] is the sub-list for method input_type
-	26, // [26:26] is the sub-list for extension type_name
-	26, // [26:26] is the sub-list for extension extendee
-	0,  // [0:26] is the sub-list for field type_name
+	55, // 7: m3o.v1.App.locked_since:type_name -> google.protobuf.Timestamp
+	20, // 8: m3o.v1.CreateAppResponse.app:type_name -> m3o.v1.App
+	20, // 9: m3o.v1.ListAppsResponse.apps:type_name -> m3o.v1.App
+	20, // 10: m3o.v1.GetAppResponse.app:type_name -> m3o.v1.App
+	55, // 11: m3o.v1.Release.created:type_name -> google.protobuf.Timestamp
+	54, // 12: m3o.v1.Release.processes:type_name -> m3o.v1.Release.ProcessesEntry
+	29, // 13: m3o.v1.ListReleasesResponse.releases:type_name -> m3o.v1.Release
+	29, // 14: m3o.v1.RollbackResponse.release:type_name -> m3o.v1.Release
+	55, // 15: m3o.v1.Build.started:type_name -> google.protobuf.Timestamp
+	55, // 16: m3o.v1.Build.finished:type_name -> google.protobuf.Timestamp
+	35, // 17: m3o.v1.ListBuildsResponse.builds:type_name -> m3o.v1.Build
+	40, // 18: m3o.v1.ListConfigResponse.vars:type_name -> m3o.v1.Var
+	40, // 19: m3o.v1.SetConfigRequest.vars:type_name -> m3o.v1.Var
+	55, // 20: m3o.v1.Instance.since:type_name -> google.protobuf.Timestamp
+	55, // 21: m3o.v1.Instance.next_start:type_name -> google.protobuf.Timestamp
+	47, // 22: m3o.v1.ListInstancesResponse.instances:type_name -> m3o.v1.Instance
+	55, // 23: m3o.v1.LogsRequest.since:type_name -> google.protobuf.Timestamp
+	55, // 24: m3o.v1.LogsRequest.until:type_name -> google.protobuf.Timestamp
+	55, // 25: m3o.v1.LogsResponse.time:type_name -> google.protobuf.Timestamp
+	30, // 26: m3o.v1.Release.ProcessesEntry.value:type_name -> m3o.v1.Process
+	1,  // 27: m3o.v1.Auth.Challenge:input_type -> m3o.v1.ChallengeRequest
+	3,  // 28: m3o.v1.Auth.Login:input_type -> m3o.v1.LoginRequest
+	5,  // 29: m3o.v1.Auth.Bootstrap:input_type -> m3o.v1.BootstrapRequest
+	7,  // 30: m3o.v1.Auth.Whoami:input_type -> m3o.v1.WhoamiRequest
+	9,  // 31: m3o.v1.Auth.Logout:input_type -> m3o.v1.LogoutRequest
+	12, // 32: m3o.v1.Keys.Add:input_type -> m3o.v1.AddKeyRequest
+	14, // 33: m3o.v1.Keys.List:input_type -> m3o.v1.ListKeysRequest
+	16, // 34: m3o.v1.Keys.Remove:input_type -> m3o.v1.RemoveKeyRequest
+	18, // 35: m3o.v1.Keys.CreateUser:input_type -> m3o.v1.CreateUserRequest
+	21, // 36: m3o.v1.Apps.Create:input_type -> m3o.v1.CreateAppRequest
+	23, // 37: m3o.v1.Apps.List:input_type -> m3o.v1.ListAppsRequest
+	25, // 38: m3o.v1.Apps.Get:input_type -> m3o.v1.GetAppRequest
+	27, // 39: m3o.v1.Apps.Destroy:input_type -> m3o.v1.DestroyAppRequest
+	31, // 40: m3o.v1.Releases.List:input_type -> m3o.v1.ListReleasesRequest
+	33, // 41: m3o.v1.Releases.Rollback:input_type -> m3o.v1.RollbackRequest
+	36, // 42: m3o.v1.Builds.List:input_type -> m3o.v1.ListBuildsRequest
+	38, // 43: m3o.v1.Builds.Output:input_type -> m3o.v1.BuildOutputRequest
+	41, // 44: m3o.v1.Config.List:input_type -> m3o.v1.ListConfigRequest
+	43, // 45: m3o.v1.Config.Set:input_type -> m3o.v1.SetConfigRequest
+	45, // 46: m3o.v1.Config.Unset:input_type -> m3o.v1.UnsetConfigRequest
+	48, // 47: m3o.v1.Processes.List:input_type -> m3o.v1.ListInstancesRequest
+	50, // 48: m3o.v1.Processes.Logs:input_type -> m3o.v1.LogsRequest
+	52, // 49: m3o.v1.Server.Info:input_type -> m3o.v1.InfoRequest
+	2,  // 50: m3o.v1.Auth.Challenge:output_type -> m3o.v1.ChallengeResponse
+	4,  // 51: m3o.v1.Auth.Login:output_type -> m3o.v1.LoginResponse
+	6,  // 52: m3o.v1.Auth.Bootstrap:output_type -> m3o.v1.BootstrapResponse
+	8,  // 53: m3o.v1.Auth.Whoami:output_type -> m3o.v1.WhoamiResponse
+	10, // 54: m3o.v1.Auth.Logout:output_type -> m3o.v1.LogoutResponse
+	13, // 55: m3o.v1.Keys.Add:output_type -> m3o.v1.AddKeyResponse
+	15, // 56: m3o.v1.Keys.List:output_type -> m3o.v1.ListKeysResponse
+	17, // 57: m3o.v1.Keys.Remove:output_type -> m3o.v1.RemoveKeyResponse
+	19, // 58: m3o.v1.Keys.CreateUser:output_type -> m3o.v1.CreateUserResponse
+	22, // 59: m3o.v1.Apps.Create:output_type -> m3o.v1.CreateAppResponse
+	24, // 60: m3o.v1.Apps.List:output_type -> m3o.v1.ListAppsResponse
+	26, // 61: m3o.v1.Apps.Get:output_type -> m3o.v1.GetAppResponse
+	28, // 62: m3o.v1.Apps.Destroy:output_type -> m3o.v1.DestroyAppResponse
+	32, // 63: m3o.v1.Releases.List:output_type -> m3o.v1.ListReleasesResponse
+	34, // 64: m3o.v1.Releases.Rollback:output_type -> m3o.v1.RollbackResponse
+	37, // 65: m3o.v1.Builds.List:output_type -> m3o.v1.ListBuildsResponse
+	39, // 66: m3o.v1.Builds.Output:output_type -> m3o.v1.BuildOutputResponse
+	42, // 67: m3o.v1.Config.List:output_type -> m3o.v1.ListConfigResponse
+	44, // 68: m3o.v1.Config.Set:output_type -> m3o.v1.SetConfigResponse
+	46, // 69: m3o.v1.Config.Unset:output_type -> m3o.v1.UnsetConfigResponse
+	49, // 70: m3o.v1.Processes.List:output_type -> m3o.v1.ListInstancesResponse
+	51, // 71: m3o.v1.Processes.Logs:output_type -> m3o.v1.LogsResponse
+	53, // 72: m3o.v1.Server.Info:output_type -> m3o.v1.InfoResponse
+	50, // [50:73] is the sub-list for method output_type
+	27, // [27:50] is the sub-list for method input_type
+	27, // [27:27] is the sub-list for extension type_name
+	27, // [27:27] is the sub-list for extension extendee
+	0,  // [0:27] is the sub-list for field type_name
 }
 
 func init() { file_m3o_v1_m3o_proto_init() }
