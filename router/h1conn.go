@@ -35,6 +35,7 @@ type h1conn struct {
 	bw      *bufio.Writer
 	wrote   int64 // bytes of the current request the kernel took
 	last    time.Time
+	age     time.Duration // how long it had been idle when it was taken
 	reused  bool
 	aborted atomic.Bool
 
@@ -119,13 +120,38 @@ func (c *h1conn) alive() bool {
 type h1pool struct {
 	ep *endpoint
 
-	mu     sync.Mutex // guards idle, closed
+	mu     sync.Mutex // guards what follows
 	idle   []*h1conn
 	closed bool
+	// short is the shortest time after which the app was seen to have closed an
+	// idle connection, and seen when that was; 0 while it was not.
+	short time.Duration
+	seen  time.Time
 }
 
-// get takes an idle connection or dials. careful asks for the peek however
-// young the connection is: for requests that cannot be repeated.
+// seenFor is how long it is believed that an app closes connections that early.
+const seenFor = 10 * time.Minute
+
+// closedAfter notes that the app has closed a connection idle for age.
+func (p *h1pool) closedAfter(age time.Duration) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	now := time.Now()
+	if p.short == 0 || age < p.short || now.Sub(p.seen) > seenFor {
+		p.short = max(age, 1)
+	}
+	p.seen = now
+}
+
+// risky says that a connection idle for age may be closed by the app just now.
+// The peek does not help there: the end may be on its way. p.mu is held.
+func (p *h1pool) risky(age time.Duration) bool {
+	return p.short > 0 && age > p.short/4 && time.Since(p.seen) <= seenFor
+}
+
+// get takes an idle connection or dials. careful is for requests that cannot be
+// repeated: it asks for the peek however young the connection is, and for a new
+// one where the app was seen to close connections as old.
 func (p *h1pool) get(ctx context.Context, lim *limits, careful, fresh bool) (*h1conn, error) {
 	for !fresh {
 		p.mu.Lock()
@@ -135,13 +161,20 @@ func (p *h1pool) get(ctx context.Context, lim *limits, careful, fresh bool) (*h1
 			break
 		}
 		c := p.idle[n-1]
+		c.age = time.Since(c.last)
+		if careful && p.risky(c.age) {
+			p.mu.Unlock() // those below are older; others may use them
+			break
+		}
 		p.idle[n-1] = nil
 		p.idle = p.idle[:n-1]
 		p.mu.Unlock()
-		age := time.Since(c.last)
-		if age < lim.UpstreamIdle && (!careful && age < peekAfter || c.alive()) {
-			c.reused, c.wrote = true, 0
-			return c, nil
+		if c.age < lim.UpstreamIdle {
+			if !careful && c.age < peekAfter || c.alive() {
+				c.reused, c.wrote = true, 0
+				return c, nil
+			}
+			p.closedAfter(c.age)
 		}
 		c.close()
 	}

@@ -149,7 +149,11 @@ func (x *h1relay) exchange() (*h1conn, func() bool, error) {
 				return nil, nil, cerr
 			}
 		}
-		if _, silent := errors.AsType[*errNoAnswer](err); ctx.Err() != nil || conn.aborted.Load() ||
+		_, silent := errors.AsType[*errNoAnswer](err)
+		if silent && conn.reused && ctx.Err() == nil && !conn.aborted.Load() {
+			x.call.ep.h1.closedAfter(conn.age)
+		}
+		if ctx.Err() != nil || conn.aborted.Load() ||
 			conn.wrote > 0 && (!silent || !repeatable) || conn.wrote == 0 && x.bodyDone != nil {
 			return nil, nil, err
 		}

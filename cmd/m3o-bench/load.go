@@ -287,8 +287,9 @@ func closer(ctx context.Context) error {
 func closing(c net.Conn) {
 	defer c.Close() //nolint:errcheck // that is what it is for
 	buf := make([]byte, 16<<10)
+	patience := 10 * time.Second // for the first request
 	for {
-		_ = c.SetReadDeadline(time.Now().Add(time.Duration(1+rand.IntN(9_000)) * time.Microsecond))
+		_ = c.SetReadDeadline(time.Now().Add(patience))
 		n, err := c.Read(buf)
 		if err != nil || n == 0 {
 			return
@@ -296,6 +297,7 @@ func closing(c net.Conn) {
 		if _, err := io.WriteString(c, "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"); err != nil {
 			return
 		}
+		patience = time.Duration(1+rand.IntN(9_000)) * time.Microsecond
 	}
 }
 
