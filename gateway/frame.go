@@ -42,6 +42,16 @@ func readFrame(r io.Reader, most int) (flags byte, msg []byte, err error) {
 	if uint64(n) > uint64(most) {
 		return head[0], nil, fmt.Errorf("%w: %d bytes", errTooLarge, n)
 	}
+	if n <= 16<<10 {
+		msg = make([]byte, n)
+		if _, err := io.ReadFull(r, msg); err != nil {
+			if errors.Is(err, io.EOF) {
+				err = io.ErrUnexpectedEOF
+			}
+			return head[0], nil, err
+		}
+		return head[0], msg, nil
+	}
 	// What the prefix says is only believed as the bytes come.
 	var buf bytes.Buffer
 	buf.Grow(int(min(n, 64<<10)))

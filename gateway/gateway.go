@@ -245,7 +245,7 @@ func (c *plainCall) call(up http.RoundTripper) error {
 		return err
 	}
 	ctx, end := g.context(w, r, false)
-	s, err := open(ctx, up, outgoing{path: m.path, host: r.Host, md: md, msg: msg}, g.maxAnswer)
+	s, err := open(ctx, up, outgoing{path: m.path, host: r.Host, md: md, framed: msg}, g.maxAnswer)
 	defer end(s)
 	if err == nil {
 		err = s.begin()
@@ -267,7 +267,7 @@ func (c *plainCall) call(up http.RoundTripper) error {
 	if c.raw(reply) {
 		return nil
 	}
-	body, err := m.out.toJSON(nil, reply)
+	body, err := m.out.toJSON(make([]byte, 0, 2*len(reply)+64), reply)
 	if err == nil {
 		body, err = c.b.part(body)
 	}

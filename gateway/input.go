@@ -26,8 +26,8 @@ const (
 	maxDepth = 32   // of a form's a[b][c]
 )
 
-// input is the request message of r on the wire: the query, then the body on
-// top of it.
+// input is the request message of r on the wire, behind room for its prefix: the
+// query, then the body on top of it.
 func (g *Gateway) input(w http.ResponseWriter, r *http.Request, m *method, strict bool) ([]byte, error) {
 	body, err := g.body(w, r)
 	if err != nil {
@@ -56,7 +56,7 @@ func (g *Gateway) input(w http.ResponseWriter, r *http.Request, m *method, stric
 		body = []byte("{}")
 	}
 	if r.URL.RawQuery == "" && !form && boundary == "" && !strict {
-		return g.bounded(m.in.toWire(nil, body))
+		return g.bounded(m.in.toWire(make([]byte, prefixLen, prefixLen+len(body)+16), body))
 	}
 	c := &generic{desc: m.desc.Input(), types: m.types, strict: strict}
 	msg := dynamicpb.NewMessage(c.desc)
@@ -78,11 +78,11 @@ func (g *Gateway) input(w http.ResponseWriter, r *http.Request, m *method, stric
 		}
 		proto.Merge(msg, over)
 	}
-	return g.bounded(c.marshal(nil, msg))
+	return g.bounded(c.marshal(make([]byte, prefixLen), msg))
 }
 
 func (g *Gateway) bounded(b []byte, err error) ([]byte, error) {
-	if err == nil && len(b) > g.max {
+	if err == nil && len(b)-prefixLen > g.max {
 		return nil, tooLarge(g.max)
 	}
 	return b, err

@@ -20,6 +20,7 @@ type plan struct {
 	generic *generic
 	slow    bool // always for the generic codec
 	byName  map[string]*field
+	order   []*field // as declared, which is the order most clients send them in
 	byNum   map[protowire.Number]*field
 	dense   []*field // byNum for small numbers
 }
@@ -36,6 +37,7 @@ type field struct {
 	oneof    int // index of the oneof plus one
 	index    int
 	name     []byte // `"name":`
+	json     string
 	msg      *plan
 	key, val *field // of a map
 	names    map[string]int32
@@ -87,6 +89,7 @@ func (p *planner) plan(md protoreflect.MessageDescriptor) *plan {
 		fd := fields.Get(i)
 		f := p.field(fd)
 		f.index = i
+		pl.order = append(pl.order, f)
 		pl.byName[fd.JSONName()], pl.byName[string(fd.Name())] = f, f
 		pl.byNum[f.num] = f
 		if f.num < 256 {
@@ -100,7 +103,7 @@ func (p *planner) plan(md protoreflect.MessageDescriptor) *plan {
 }
 
 func (p *planner) field(fd protoreflect.FieldDescriptor) *field {
-	f := &field{num: fd.Number(), kind: fd.Kind(), list: fd.IsList(), isMap: fd.IsMap(), presence: fd.HasPresence(), name: []byte(jsString(fd.JSONName()) + ":")}
+	f := &field{num: fd.Number(), kind: fd.Kind(), list: fd.IsList(), isMap: fd.IsMap(), presence: fd.HasPresence(), json: fd.JSONName(), name: []byte(jsString(fd.JSONName()) + ":")}
 	f.tag = protowire.EncodeTag(f.num, wireType(f.kind))
 	if fd.IsPacked() {
 		f.packed = protowire.EncodeTag(f.num, protowire.BytesType)

@@ -224,12 +224,17 @@ func (p *plan) object(d *reader, dst []byte, depth int) ([]byte, error) {
 		return dst, nil
 	}
 	var seen, oneofs uint64
-	for {
+	for guess := 0; ; guess++ {
 		name, err := d.text()
 		if err != nil {
 			return nil, err
 		}
-		f := p.byName[string(name)]
+		var f *field
+		if guess < len(p.order) && string(name) == p.order[guess].json {
+			f = p.order[guess]
+		} else if f = p.byName[string(name)]; f != nil {
+			guess = f.index
+		}
 		if f == nil || f.slow || seen&(1<<f.index) != 0 || !d.take(':') {
 			return nil, errSlow
 		}

@@ -275,7 +275,7 @@ func (s *set) route(verb, escaped string) (*binding, []string, error) {
 		detail: fmt.Sprintf("%s is not served at this path: use %s", verb, strings.Join(verbs, " or "))}
 }
 
-// input is the request message of r, by the route b.
+// input is the request message of r behind room for its prefix, by the route b.
 func (b *binding) input(g *Gateway, w http.ResponseWriter, r *http.Request, vals []string, strict bool) ([]byte, error) {
 	m := b.m
 	body, err := g.body(w, r)
@@ -323,7 +323,7 @@ func (b *binding) input(g *Gateway, w http.ResponseWriter, r *http.Request, vals
 			return nil, invalid("%.80q in the path: %s", vals[i], err)
 		}
 	}
-	return g.bounded(c.marshal(nil, msg))
+	return g.bounded(c.marshal(make([]byte, prefixLen), msg))
 }
 
 // isHTTPBody says that a message is google.api.HttpBody: any bytes with a type.

@@ -2,6 +2,7 @@ package gateway
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
@@ -24,7 +25,8 @@ type outgoing struct {
 	path, host string
 	md         http.Header
 	body       *requestBody // or
-	msg        []byte       // one message, not framed
+	framed     []byte       // or: one message behind room for its prefix
+	msg        []byte       // or: one message
 	zipped     bool         // msg is compressed as md says
 	length     int64        // of body, -1 when unknown
 }
@@ -64,7 +66,12 @@ func open(ctx context.Context, up http.RoundTripper, o outgoing, most int) (*str
 		if o.zipped {
 			flags = flagCompressed
 		}
-		body := appendFrame(make([]byte, 0, prefixLen+len(o.msg)), flags, o.msg)
+		body := o.framed
+		if body == nil {
+			body = append(make([]byte, prefixLen, prefixLen+len(o.msg)), o.msg...)
+		}
+		body[0] = flags
+		binary.BigEndian.PutUint32(body[1:], uint32(len(body)-prefixLen))
 		req.ContentLength = int64(len(body))
 		req.GetBody = func() (io.ReadCloser, error) { return newBody(body), nil }
 		req.Body = newBody(body)
@@ -251,9 +258,18 @@ func (g *Gateway) context(w http.ResponseWriter, r *http.Request, streams bool) 
 	if d, ok := timeout(r.Header); ok {
 		parent, stop = context.WithTimeout(parent, d)
 	}
+	if !streams {
+		// Closing the answer is all there is to end.
+		return parent, func(s *stream) {
+			if s != nil {
+				s.close()
+			}
+			stop()
+		}
+	}
 	ctx, cancel := context.WithCancel(parent)
 	unhook := func() {}
-	if streams && r.ContentLength != 0 {
+	if r.ContentLength != 0 {
 		rc := http.NewResponseController(w)
 		ended := make(chan struct{})
 		halt := context.AfterFunc(ctx, func() {

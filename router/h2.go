@@ -202,7 +202,7 @@ func (q *request) failH2(ctx context.Context, err error) {
 // grpcFailure names a transport failure in gRPC's words, after the table
 // "HTTP2 errors" of the gRPC over HTTP/2 spec.
 func (q *request) grpcFailure(ctx context.Context, err error) (int, string) {
-	if errors.Is(context.Cause(ctx), errCut) {
+	if errors.Is(context.Cause(ctx), errCut) || errors.Is(err, h2client.ErrCut) {
 		return grpcUnavailable, "app " + q.host.App + " was replaced while it worked on this call"
 	}
 	if errors.Is(ctx.Err(), context.DeadlineExceeded) {
@@ -268,35 +268,47 @@ const maxTimeout = 365 * 24 * time.Hour
 // of one request's app, counted in flight until the request ends.
 type gatewayWay struct{ q *request }
 
+// cutContext ends with the client's request, and is cut with the endpoint.
+type cutContext struct {
+	context.Context
+	cut <-chan struct{}
+}
+
+// Cut is what package h2client asks for.
+func (c cutContext) Cut() <-chan struct{} { return c.cut }
+
 // RoundTrip sends out to an endpoint, to another one when the first cannot be
 // dialled and out.GetBody is there. Its errors are of kind Unavailable.
 func (g gatewayWay) RoundTrip(out *http.Request) (*http.Response, error) {
 	q := g.q
-	ctx, cancel := context.WithCancelCause(out.Context())
-	out = out.WithContext(ctx)
+	ctx, cancel := out.Context(), func() {}
+	upgraded := upgradeTo(q.r) != ""
 	if out.ContentLength < 0 && q.body != nil && q.r.ProtoMajor == 1 {
 		q.rec.body = q.body // sent as it comes
 	}
 	for {
-		if upgradeTo(q.r) != "" {
-			q.call.upgrade(func() { cancel(errCut) }) // no server waits for a connection that was taken over
-		} else {
-			q.call.onCut(func() { cancel(errCut) })
+		var with context.Context = cutContext{ctx, q.call.ep.cut}
+		if upgraded {
+			// No server waits for a connection that was taken over: it is cut apart from the others.
+			cctx, cut := context.WithCancelCause(ctx)
+			with, cancel = cctx, func() { cut(nil) }
+			q.call.upgrade(func() { cut(errCut) })
 		}
-		res, err := q.call.ep.h2.RoundTrip(out)
+		res, err := q.call.ep.h2.RoundTrip(out.WithContext(with))
 		if err == nil {
 			q.noteCall(out.URL.Path, res.Header)
-			res.Body = &wayBody{ReadCloser: res.Body, q: q, ctx: ctx, cancel: cancel, res: res}
+			res.Body = &wayBody{ReadCloser: res.Body, q: q, ctx: with, cancel: cancel, res: res}
 			return res, nil
 		}
 		if isDial(err) && out.GetBody != nil && q.next(err) {
 			if body, berr := out.GetBody(); berr == nil {
+				cancel()
 				out.Body = body
 				continue
 			}
 		}
-		err = q.wayError(ctx, err)
-		cancel(nil)
+		err = q.wayError(with, err)
+		cancel()
 		return nil, err
 	}
 }
@@ -316,12 +328,12 @@ func (q *request) wayError(ctx context.Context, err error) error {
 	return &m3o.Error{Kind: m3o.Unavailable, Msg: msg, Hint: "m3o logs -a " + q.host.App, Err: err}
 }
 
-// wayBody cancels before it closes, see relayH2, and gives errors a kind.
+// wayBody gives errors a kind.
 type wayBody struct {
 	io.ReadCloser
 	q      *request
 	ctx    context.Context
-	cancel context.CancelCauseFunc
+	cancel func()
 	res    *http.Response
 }
 
@@ -337,6 +349,6 @@ func (b *wayBody) Read(p []byte) (int, error) {
 }
 
 func (b *wayBody) Close() error {
-	b.cancel(nil)
+	b.cancel()
 	return b.ReadCloser.Close()
 }

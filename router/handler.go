@@ -89,7 +89,7 @@ func (rt *Router) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 // relay counts the request, serves it and records how it went.
 func (q *request) relay(rest string) {
 	began, broken := time.Now(), true
-	q.rec.ResponseWriter, q.w = q.w, &q.rec
+	q.rec.ResponseWriter, q.rec.clock, q.w = q.w, &q.rt.clock, &q.rec
 	q.rec.last = q.r.ProtoMajor == 1 && q.rt.retiring.Load()
 	a := q.host.app
 	a.requests.Add(1)

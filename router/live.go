@@ -79,14 +79,15 @@ type endpoint struct {
 	h1      h1pool
 	h2      *h2client.Client
 
-	mu      sync.Mutex // guards calls, cutting, idle
-	calls   call       // sentinel of the ring of calls in flight
-	cutting bool       // Drain's deadline passed: newcomers are cut as well
+	mu      sync.Mutex    // guards calls, cutting, idle
+	calls   call          // sentinel of the ring of calls in flight
+	cutting bool          // Drain's deadline passed: newcomers are cut as well
+	cut     chan struct{} // closed then; never changes itself
 	idle    chan struct{}
 }
 
 func newEndpoint(id releaseID, addr string, lim *limits) *endpoint {
-	e := &endpoint{id: id, addr: addr}
+	e := &endpoint{id: id, addr: addr, cut: make(chan struct{})}
 	// The table was validated: a bad address cannot reach here, and would only fail to dial.
 	e.network, e.address, _ = splitEndpoint(addr)
 	e.calls.next, e.calls.prev = &e.calls, &e.calls
@@ -181,7 +182,10 @@ func (e *endpoint) cutSome(which func(*call) bool, cutting bool) int {
 	var fs []func()
 	n := 0
 	e.mu.Lock()
-	e.cutting = e.cutting || cutting
+	if cutting && !e.cutting {
+		e.cutting = true
+		defer close(e.cut) // after each call knows that it was cut
+	}
 	for c := e.calls.next; c != &e.calls; c = c.next {
 		if c.wasCut || !which(c) {
 			continue

@@ -68,6 +68,7 @@ type recorder struct {
 	body   *clientBody // of an HTTP/1.1 request that is read beside the answer
 	call   rpcNote
 	cookie string // to set on the answer, "" for none
+	clock  *clock
 }
 
 type rpcNote struct {
@@ -84,6 +85,25 @@ func (c *recorder) WriteHeader(status int) {
 	c.ResponseWriter.WriteHeader(status)
 }
 
+// clock is the Date of answers, written once a second: net/http would write it
+// for each.
+type clock struct{ today atomic.Pointer[date] }
+
+type date struct {
+	second int64
+	value  []string
+}
+
+func (c *clock) date() []string {
+	t := time.Now()
+	d := c.today.Load()
+	if d == nil || d.second != t.Unix() {
+		d = &date{t.Unix(), []string{t.UTC().Format(http.TimeFormat)}}
+		c.today.Store(d)
+	}
+	return d.value
+}
+
 // begin is called before the head of the final answer goes out.
 func (c *recorder) begin(status int) {
 	c.status = status
@@ -92,6 +112,11 @@ func (c *recorder) begin(status int) {
 		lastAnswer(c.ResponseWriter)
 	case c.last && status != http.StatusSwitchingProtocols:
 		c.Header()["Connection"] = []string{"close"}
+	}
+	if h := c.Header(); status >= 200 {
+		if _, ok := h["Date"]; !ok {
+			h["Date"] = c.clock.date()
+		}
 	}
 	if c.cookie != "" {
 		h := c.Header()

@@ -146,6 +146,7 @@ type Router struct {
 	started    time.Time
 	live       atomic.Pointer[live]
 	tails      tails
+	clock      clock
 	lobby      lobby
 
 	verdicts verdicts

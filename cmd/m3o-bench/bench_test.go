@@ -311,3 +311,24 @@ func FuzzSpans(f *testing.F) {
 		}
 	})
 }
+
+// A sample belongs to the innermost function that a group knows.
+func TestSharesOfAProfile(t *testing.T) {
+	const sep = "-----------+-------------------------------------------------------\n"
+	got := shares("File: x\nType: cpu\n" + sep +
+		"      30ms   runtime.mallocgc\n             github.com/m3o/m3o/gateway.open\n             net/http.(*conn).serve\n" + sep +
+		"      10ms   github.com/m3o/m3o/gateway.(*plan).print (inline)\n             net/http.(*conn).serve\n" + sep +
+		"      50ms   internal/runtime/syscall/linux.Syscall6\n             syscall.write\n             net/http.(*conn).serve\n" + sep +
+		"      10ms   main.main\n" + sep)
+	want := [][]string{{"kernel: read, write, poll", "50 %"}, {"garbage collection and allocation", "30 %"},
+		{"gateway: messages and metadata", "10 %"}, {"other", "10 %"}}
+	if d := cmp.Diff(want, got); d != "" {
+		t.Error(d)
+	}
+}
+
+func TestOrderIsAboutAKilobyte(t *testing.T) {
+	if n := len(order); n < 900 || n > 1200 {
+		t.Errorf("%d bytes", n)
+	}
+}

@@ -3,6 +3,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -129,7 +130,7 @@ func shares(traces string) [][]string {
 	for n := range sum {
 		names = append(names, n)
 	}
-	slices.SortFunc(names, func(a, b string) int { return int(sum[b] - sum[a]) })
+	slices.SortFunc(names, func(a, b string) int { return cmp.Or(cmp.Compare(sum[b], sum[a]), strings.Compare(a, b)) })
 	var out [][]string
 	for _, n := range names {
 		out = append(out, []string{n, strconv.FormatFloat(100*sum[n].Seconds()/all.Seconds(), 'f', 0, 64) + " %"})

@@ -75,6 +75,13 @@ func New(cfg Config) *Client {
 // it is always safe to send again.
 var errUnprocessed = errors.New("the connection ended before the call was taken up")
 
+// ErrCut ends a call by the second end of its context.
+var ErrCut = errors.New("the call was cut")
+
+// cuttable is a context with a second end besides Done. One channel can end
+// many calls, which by contexts would take one and its registration for each.
+type cuttable interface{ Cut() <-chan struct{} }
+
 // buffered is a body that need not be read: it is all there.
 type buffered interface{ Bytes() []byte }
 
@@ -82,7 +89,8 @@ type buffered interface{ Bytes() []byte }
 const maxSends = 4
 
 // RoundTrip sends req and gives the answer once its header is there. The
-// answer's body ends with the request's context. A reset of the stream is an
+// answer's body ends with the request's context, and with ErrCut when that has
+// a method Cut and the channel it returns is closed. A reset of the stream is an
 // http2.StreamError.
 func (cl *Client) RoundTrip(req *http.Request) (*http.Response, error) {
 	ctx := req.Context()

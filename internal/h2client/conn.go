@@ -585,6 +585,9 @@ func (c *conn) headers(p []byte, last bool) error {
 // that was reserved is used up.
 func (c *conn) start(ctx context.Context, req *http.Request) (*stream, error) {
 	s := &stream{c: c, ctx: ctx, ready: make(chan struct{}, 1), left: -1, isHead: req.Method == http.MethodHead}
+	if k, ok := ctx.(cuttable); ok {
+		s.cut = k.Cut()
+	}
 	var whole []byte
 	none := req.Body == nil || req.Body == http.NoBody || req.ContentLength == 0
 	ahead := none

@@ -17,9 +17,10 @@ import (
 type stream struct {
 	c      *conn
 	ctx    context.Context
-	id     uint32        // never changes
-	ready  chan struct{} // there are news
-	isHead bool          // never changes
+	id     uint32          // never changes
+	ready  chan struct{}   // there are news
+	isHead bool            // never changes
+	cut    <-chan struct{} // never changes; nil for never
 
 	queued bool // in conn.wake; only run's goroutine knows
 
@@ -180,6 +181,9 @@ func (s *stream) response(req *http.Request) (*http.Response, error) {
 		case <-s.ctx.Done():
 			s.cancel(s.ctx.Err())
 			return nil, s.ctx.Err()
+		case <-s.cut:
+			s.cancel(ErrCut)
+			return nil, ErrCut
 		}
 	}
 }
@@ -235,6 +239,9 @@ func (s *stream) read(p []byte) (int, error) {
 		case <-s.ctx.Done():
 			s.cancel(s.ctx.Err())
 			return 0, s.ctx.Err()
+		case <-s.cut:
+			s.cancel(ErrCut)
+			return 0, ErrCut
 		}
 	}
 }
@@ -274,6 +281,8 @@ func (s *stream) write(p []byte, end bool) error {
 			case <-s.over:
 			case <-s.ctx.Done():
 				err = s.ctx.Err()
+			case <-s.cut:
+				err = ErrCut
 			}
 			c.mu.Lock()
 			s.blocked = false
