@@ -105,7 +105,12 @@ func (q *request) relayH2() {
 	// A flush before the end of an answer without a body would make an empty
 	// DATA frame of it, which gRPC clients refuse (golang/go#56317).
 	if f, ok := w.(http.Flusher); ok && res.ContentLength < 0 {
-		flush = f.Flush
+		more, _ := res.Body.(interface{ Ready() bool })
+		flush = func() {
+			if more == nil || !more.Ready() { // else what follows goes along
+				f.Flush()
+			}
+		}
 	}
 	flush()
 	buf := buffers.Get().(*[]byte)

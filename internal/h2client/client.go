@@ -214,6 +214,14 @@ type body struct{ *stream }
 // Read implements io.Reader.
 func (b body) Read(p []byte) (int, error) { return b.read(p) }
 
+// Ready says that a Read would not wait, so that who passes the answer on need
+// not flush what there is.
+func (b body) Ready() bool {
+	b.c.mu.Lock()
+	defer b.c.mu.Unlock()
+	return b.unread() > 0 || b.done || b.closed
+}
+
 // Close ends the call if it has not ended, and implements io.Closer.
 func (b body) Close() error {
 	b.cancel(errClosed)

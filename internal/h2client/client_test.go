@@ -512,3 +512,37 @@ func FuzzServer(f *testing.F) {
 		})
 	})
 }
+
+func TestReadyTellsWhetherAReadWouldWait(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		more := make(chan struct{})
+		cl := play(t, Config{}, func(p *peer) {
+			id := p.next()
+			p.head(id, false, ":status", "200")
+			<-more
+			_ = p.fr.WriteData(id, false, []byte("x"))
+			<-more
+			_ = p.fr.WriteData(id, true, nil)
+		})
+		res, err := cl.RoundTrip(request(t.Context(), "GET", "/", nil, 0))
+		if err != nil {
+			t.Fatal(err)
+		}
+		ready := res.Body.(interface{ Ready() bool }).Ready
+		for _, want := range []bool{false, true, false} {
+			if synctest.Wait(); ready() != want {
+				t.Errorf("ready %v, want %v", !want, want)
+			}
+			if want {
+				_, _ = res.Body.Read(make([]byte, 9))
+				continue
+			}
+			more <- struct{}{}
+		}
+		if synctest.Wait(); !ready() {
+			t.Error("the end is not ready")
+		}
+		_ = res.Body.Close()
+		cl.CloseIdleConnections()
+	})
+}
