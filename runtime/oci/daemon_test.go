@@ -16,6 +16,9 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
+	"github.com/m3o/m3o"
 	"github.com/m3o/m3o/runtime"
 	"github.com/m3o/m3o/runtime/oci"
 )
@@ -50,6 +53,13 @@ func daemon() {
 	die(err)
 	fmt.Println("ready")
 	if o.Stop {
+		go func() {
+			for in := range d.Events(ctx) {
+				if in.Phase == m3o.Draining {
+					fmt.Println("draining")
+				}
+			}
+		}()
 		die(d.Stop(ctx, o.Workload.Ref))
 		fmt.Println("stopped")
 	}
@@ -93,8 +103,8 @@ func (r rig) child(t *testing.T, o orders) (cmd *exec.Cmd, said func() string) {
 }
 
 // wrap puts a script in runc's place. It may use $R for runc, $VERB for the
-// command called, $DAEMON and $SHIM for process ids; the phase file tells it
-// to do something once.
+// command called, $DAEMON, $SHIM and $INSTANCE (known once created) for
+// process ids; the phase file tells it to do something once.
 func (r *rig) wrap(t *testing.T, script string) {
 	t.Helper()
 	dir := filepath.Dir(r.cfg.Dir)
@@ -103,7 +113,8 @@ func (r *rig) wrap(t *testing.T, script string) {
 R=` + r.cfg.Runc + `
 DIR=` + dir + `
 VERB=; for a in "$@"; do case $a in create|start|delete|exec) VERB=$a; break;; esac; done
-DAEMON=$(cat $DIR/daemon.pid 2>/dev/null); SHIM=$PPID
+DAEMON=$(cat $DIR/daemon.pid 2>/dev/null); for ID in "$@"; do :; done
+SHIM=$(cat $DIR/state/bundles/$ID/shim.pid); INSTANCE=$(cat $DIR/state/bundles/$ID/pid 2>/dev/null)
 once() { rm "$DIR/phase-$1" 2>/dev/null; }
 ` + script + "\n"
 	if err := os.WriteFile(path, []byte(text), 0o755); err != nil {
@@ -123,9 +134,15 @@ func (r rig) phase(t *testing.T, name string) {
 const killer = `
 once $VERB-before-daemon && kill -9 $DAEMON
 once $VERB-before-shim && kill -9 $SHIM
+once $VERB-before-instance && kill -9 $INSTANCE
+once $VERB-before-runc && kill -9 $$
+once $VERB-during-runc && { "$R" "$@" & sleep 0.02; kill -9 $!; exit 137; }
 "$R" "$@"; e=$?
+INSTANCE=$(cat $DIR/state/bundles/$ID/pid 2>/dev/null)
+once $VERB-after-instance && kill -9 $INSTANCE
 once $VERB-after-daemon && kill -9 $DAEMON
 once $VERB-after-shim && kill -9 $SHIM
+once $VERB-after-runc && kill -9 $$
 exit $e`
 
 func (r rig) workload(args ...string) runtime.Workload {
@@ -221,16 +238,91 @@ func TestDaemonKilledAtAnyTimeConverges(t *testing.T) {
 	r.converges(t, w, 2)
 }
 
-func TestShimKilledInEachPhaseIsReplaced(t *testing.T) {
-	for _, phase := range []string{"create-before", "create-after", "delete-before", "delete-after"} {
-		t.Run(phase, func(t *testing.T) {
+// Whichever process of an instance is killed, and when: another one is made,
+// and nothing of the first is left.
+func TestProcessKilledInEachPhaseIsReplaced(t *testing.T) {
+	for victim, phases := range map[string][]string{
+		"shim":     {"create-before", "create-after", "start-before", "start-after", "delete-before", "delete-after"},
+		"instance": {"create-after", "start-before", "start-after"}, // before it there is none, and delete comes when it has ended
+		"runc": {"create-before", "create-during", "create-after", "start-before", "start-during", "start-after",
+			"delete-before", "delete-during", "delete-after"},
+	} {
+		for _, phase := range phases {
+			t.Run(victim+" "+phase, func(t *testing.T) {
+				r := newRig(t)
+				r.wrap(t, killer)
+				r.phase(t, phase+"-"+victim)
+				r.converges(t, r.workload("serve"), 1)
+				if left := list(t, filepath.Dir(r.cfg.Dir)); len(left) > 3 {
+					t.Errorf("the phase was not reached: %q", left)
+				}
+			})
+		}
+	}
+}
+
+// An instance that takes its time to end is being stopped when its shim, or it
+// itself, is killed: the stop ends at once, and as if nothing had happened.
+func TestProcessKilledWhileItIsStoppedLeavesNothing(t *testing.T) {
+	for _, victim := range []string{"shim.pid", "pid"} {
+		t.Run(victim, func(t *testing.T) {
 			r := newRig(t)
-			r.wrap(t, killer)
-			r.phase(t, phase+"-shim")
-			r.converges(t, r.workload("serve"), 1)
-			if left := list(t, filepath.Dir(r.cfg.Dir)); len(left) > 3 {
-				t.Errorf("the phase was not reached: %q", left)
+			d := up(t, r)
+			w := r.workload("stubborn")
+			w.Grace = time.Minute
+			in := ready(t, d, w, 1)[0]
+			done := make(chan error, 1)
+			go func() { done <- d.Stop(t.Context(), w.Ref) }()
+			ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+			defer cancel()
+			for e, err := range d.Events(ctx) {
+				if err != nil {
+					t.Fatal(err)
+				}
+				if e.Phase == m3o.Draining {
+					break
+				}
+			}
+			if err := unix.Kill(pidOf(t, r, in.ID, victim), unix.SIGKILL); err != nil {
+				t.Fatal(err)
+			}
+			select {
+			case err := <-done:
+				if err != nil {
+					t.Error(err)
+				}
+			case <-ctx.Done():
+				t.Error("the stop waits for the grace period")
+			}
+			if left := r.leftovers(t); len(left) > 0 {
+				t.Errorf("left:\n%s", strings.Join(left, "\n"))
 			}
 		})
+	}
+}
+
+// A daemon killed while it stops an instance is followed by one that goes on
+// with it.
+func TestDaemonKilledWhileItStopsGoesOnStopping(t *testing.T) {
+	r := newRig(t)
+	if err := os.MkdirAll(r.cfg.Dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	w := r.workload("stubborn")
+	w.Grace = 2 * time.Second
+	cmd, said := r.child(t, orders{Workload: w, Replicas: 1, Stop: true})
+	for s := said(); !strings.Contains(s, "draining"); s = said() {
+		if s == "" || strings.Contains(s, "error") {
+			t.Fatalf("the daemon says %q", s)
+		}
+	}
+	_ = cmd.Process.Kill()
+	_ = cmd.Wait()
+	d := up(t, r)
+	if err := d.Stop(t.Context(), w.Ref); err != nil {
+		t.Fatal(err)
+	}
+	if left := r.leftovers(t); len(left) > 0 {
+		t.Errorf("left:\n%s", strings.Join(left, "\n"))
 	}
 }

@@ -8,6 +8,8 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -54,6 +56,71 @@ func TestHogsEndAtTheirLimits(t *testing.T) {
 		t.Errorf("a fork bomb ended with %q", got)
 	}
 	answers("a fork bomb")
+}
+
+// An instance that floods its log, one that takes all the CPU and one that is
+// killed for memory again and again: the neighbour answers every request and
+// keeps its own log whole, the daemon starts, lists and stops as ever, and the
+// log of the flood stays within its limit.
+func TestHogsLeaveNeighbourAndDaemonAlone(t *testing.T) {
+	r := newRig(t)
+	d := up(t, r)
+	neighbour := ready(t, d, r.workload("serve"), 1)[0]
+	for _, kind := range []string{"log", "cpu", "memory"} {
+		w := r.workload("hog", kind)
+		w.App, w.MemoryBytes, w.CPUMillis, w.Health.Kind = kind+"hog", 64<<20, 1000, "tcp"
+		if err := d.Start(t.Context(), w, 1); err != nil {
+			t.Fatal(err)
+		}
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	for in, err := range d.Events(ctx) {
+		if err != nil {
+			t.Fatal(err)
+		}
+		if in.App == "memoryhog" && in.Phase == m3o.Exited {
+			if !in.OOM {
+				t.Errorf("the memory hog ended as %+v, want out of memory", in)
+			}
+			break
+		}
+	}
+	const asked = 200
+	for range asked {
+		get(t, neighbour, "/print?n=1")
+	}
+	next := r.workload("serve")
+	next.App = "newcomer"
+	get(t, ready(t, d, next, 1)[0], "/")
+	lines := 0
+	for ln, err := range d.Logs(t.Context(), runtime.Ref{App: "hello"}, 10*asked, false) {
+		if err != nil {
+			t.Fatal(err)
+		}
+		if ln.Text == "line 0" {
+			lines++
+		}
+	}
+	if lines != asked {
+		t.Errorf("%d lines of the neighbour are kept, want %d", lines, asked)
+	}
+	for _, app := range []string{"loghog", "cpuhog", "memoryhog", "newcomer"} {
+		if err := d.Stop(t.Context(), runtime.Ref{App: app, Process: "web", Release: 1}); err != nil {
+			t.Errorf("stop %s: %v", app, err)
+		}
+	}
+	size := int64(0)
+	logs, err := filepath.Glob(filepath.Join(r.cfg.Dir, "logs", "loghog*"))
+	for _, l := range logs {
+		if fi, err := os.Stat(l); err == nil {
+			size += fi.Size()
+		}
+	}
+	if err != nil || size == 0 || size > 32<<20 {
+		t.Errorf("the flood left %d bytes of log, %v, want at most about 30 MB", size, err)
+	}
+	get(t, neighbour, "/")
 }
 
 // A log flood beyond the speed of any disk: every line arrives, in order.
@@ -133,7 +200,9 @@ func BenchmarkFlood(b *testing.B) {
 }
 
 // BenchmarkNeighbour measures the answers of an instance beside one that takes
-// all it can get of one thing.
+// all it can get of one thing, and right before it does. It asks 200 times a
+// second, whatever the answers take: one client that asks as fast as it can
+// would be a hog itself. Run it with -benchtime 1000x.
 func BenchmarkNeighbour(b *testing.B) {
 	r := newRig(b)
 	d, end := r.serve(b)
@@ -150,18 +219,16 @@ func BenchmarkNeighbour(b *testing.B) {
 		b.Fatal(err)
 	}
 	client := &http.Client{}
-	for _, kind := range []string{"nothing", "cpu", "memory", "fds", "tmp", "fork", "log"} {
-		b.Run(kind, func(b *testing.B) {
-			h := r.workload("hog", kind)
-			h.App, h.MemoryBytes, h.Pids = "greedy", 256<<20, 256
-			h.Health = m3o.Health{Kind: "tcp"}
-			if kind != "nothing" {
-				if err := d.Start(b.Context(), h, 1); err != nil {
-					b.Fatal(err)
-				}
-			}
+	for _, kind := range []string{"cpu", "memory", "fds", "tmp", "fork", "log"} {
+		h := r.workload("hog", kind)
+		h.App, h.MemoryBytes, h.Pids = "greedy", 256<<20, 256
+		h.Health = m3o.Health{Kind: "tcp"}
+		measure := func(b *testing.B) {
 			var took []time.Duration
+			tick := time.NewTicker(5 * time.Millisecond)
+			defer tick.Stop()
 			for b.Loop() {
+				<-tick.C
 				began := time.Now()
 				res, err := client.Get("http://" + ins[0].Addr + "/health")
 				if err != nil {
@@ -174,10 +241,15 @@ func BenchmarkNeighbour(b *testing.B) {
 			slices.Sort(took)
 			b.ReportMetric(float64(took[len(took)/2].Microseconds()), "p50-µs")
 			b.ReportMetric(float64(took[len(took)*99/100].Microseconds()), "p99-µs")
-			if kind != "nothing" {
-				if err := d.Stop(b.Context(), h.Ref); err != nil {
-					b.Fatal(err)
-				}
+		}
+		b.Run(kind+"/before", measure)
+		b.Run(kind+"/beside", func(b *testing.B) {
+			if err := d.Start(b.Context(), h, 1); err != nil {
+				b.Fatal(err)
+			}
+			measure(b)
+			if err := d.Stop(b.Context(), h.Ref); err != nil {
+				b.Fatal(err)
 			}
 		})
 	}

@@ -4,6 +4,7 @@ package oci_test
 
 import (
 	"context"
+	"encoding/json"
 	"fmt"
 	"net/http"
 	"os"
@@ -161,6 +162,97 @@ func TestShimKeepsLogAndExitWithoutADaemon(t *testing.T) {
 	}
 	if lines != n {
 		t.Errorf("%d lines are kept, want %d", lines, n)
+	}
+}
+
+// A shim whose daemon was away for an hour: what its app printed meanwhile takes
+// no more room than the limit, and the next daemon finds what runs running, and
+// starts again what ended, once.
+func TestShimsAloneForAnHourAreTakenOver(t *testing.T) {
+	r := newRig(t)
+	d, end := r.serve(t)
+	ins := ready(t, d, r.workload("serve"), 2)
+	talks, ends := ins[0], ins[1]
+	end()
+	const n = 500_000
+	for range 3 { // some 60 MB
+		get(t, talks, fmt.Sprintf("/print?n=%d", n))
+	}
+	get(t, ends, "/exit?code=5")
+	exit := filepath.Join(r.cfg.Dir, "bundles", ends.ID, "exit.json")
+	var b []byte
+	for deadline := time.Now().Add(20 * time.Second); ; <-time.After(5 * time.Millisecond) {
+		var err error
+		if b, err = os.ReadFile(exit); err == nil {
+			break
+		} else if time.Now().After(deadline) {
+			t.Fatal(err)
+		}
+	}
+	// An hour passes.
+	var e struct {
+		Code, Signal int
+		OOM          bool
+		At           time.Time
+	}
+	if err := json.Unmarshal(b, &e); err != nil {
+		t.Fatal(err)
+	}
+	ended := e.At.Add(-time.Hour)
+	e.At = ended
+	b, err := json.Marshal(e)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(exit, b, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	logs, err := filepath.Glob(filepath.Join(r.cfg.Dir, "logs", "*"))
+	if err != nil || len(logs) == 0 {
+		t.Fatalf("logs %v, %v", logs, err)
+	}
+	size := int64(0)
+	for _, l := range logs {
+		fi, err := os.Stat(l)
+		if err != nil {
+			t.Fatal(err)
+		}
+		size += fi.Size()
+		if err := os.Chtimes(l, ended, ended); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if size > 32<<20 {
+		t.Errorf("the logs have %d bytes, want at most about 30 MB", size)
+	}
+	d = up(t, r)
+	exited, back := restarted(t, d, ends)
+	if exited.Exit != 5 || back.Restarts != 1 {
+		t.Errorf("it exited as %+v and is back as %+v, want code 5 and one restart", exited, back)
+	}
+	for _, in := range d.Instances() {
+		if in.ID == talks.ID && (in.Restarts != 0 || in.Phase != m3o.Ready || in.Addr != talks.Addr) {
+			t.Errorf("what ran all the time is now %+v", in)
+		}
+	}
+	get(t, talks, "/")
+	last := ""
+	for ln, err := range d.Logs(t.Context(), r.workload().Ref, 100, false) {
+		if err != nil {
+			t.Fatal(err)
+		}
+		if ln.Instance == talks.ID {
+			last = ln.Text
+		}
+	}
+	if want := fmt.Sprintf("line %d", n-1); last != want {
+		t.Errorf("its log ends with %q, want %q", last, want)
+	}
+	if err := d.Stop(t.Context(), r.workload().Ref); err != nil {
+		t.Fatal(err)
+	}
+	if left := r.leftovers(t); len(left) > 0 {
+		t.Errorf("left:\n%s", strings.Join(left, "\n"))
 	}
 }
 
