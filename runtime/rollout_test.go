@@ -225,3 +225,24 @@ func TestWaitReadyForgivesTheEndOfWhatWasToldToGo(t *testing.T) {
 		}
 	})
 }
+
+// An instance that had crashed before it was waited for, and lies in its pause
+// between two restarts when it is, made the wait fail at once.
+func TestWaitReadyForgivesCrashesBeforeIt(t *testing.T) {
+	inBubble(t, func(t *testing.T, r *Reconciler, p *puppet) {
+		if err := r.Start(t.Context(), Workload{Ref: web, Port: 8080}, 1); err != nil {
+			t.Fatal(err)
+		}
+		for range 3 {
+			time.Sleep(5 * time.Second)
+			p.exit <- Exit{Code: 1, At: time.Now()}
+			synctest.Wait()
+		}
+		if got := phase(t, r); got != m3o.Exited {
+			t.Fatalf("it is %s, want it in its pause", got)
+		}
+		if ins, err := WaitReady(t.Context(), bare{r}, web, 1, nil); err != nil || ins[0].Restarts != 3 {
+			t.Errorf("WaitReady = %v, %v, want it ready after its third restart", ins, err)
+		}
+	})
+}
