@@ -39,6 +39,7 @@ func TestBadProcfileNamesTheLineAndTheFix(t *testing.T) {
 		"Web: a":                                `Procfile:1: "Web" is not a process type`,
 		"my_worker: a":                          `Procfile:1: "my_worker" is not a process type`,
 		": a":                                   `Procfile:1: "" is not a process type`,
+		"run-batch: a":                          `Procfile:1: "run-batch" is the name of a one-off command`,
 		"web:":                                  `Procfile:1: web has no command`,
 		"web:  # later":                         `Procfile:1: web has no command`,
 		"web: a 'b":                             `Procfile:1: a single quote is not closed`,

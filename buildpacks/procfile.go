@@ -81,6 +81,10 @@ func parseProcess(line string, n int) (ProcessLine, error) {
 		return ProcessLine{}, bad(ProcfileName, n, fmt.Sprintf("%q is not a process type", short(name)),
 			"use 1 to 30 of a-z, 0-9 and hyphens, beginning with a letter, such as web or worker")
 	}
+	if strings.HasPrefix(name, "run-") {
+		return ProcessLine{}, bad(ProcfileName, n, fmt.Sprintf("%q is the name of a one-off command: m3o run makes such", short(name)),
+			"call it something that does not begin with run-")
+	}
 	argv, err := splitCommand(command, n)
 	if err != nil {
 		return ProcessLine{}, err
