@@ -48,6 +48,7 @@ type Config struct {
 	Bin              string        // directory of buildkitd, runc and m3o-shim; default beside m3od
 	StopApps         bool          // stop the router and every instance when the daemon stops
 	Drain            time.Duration // how long requests of an old release may go on after a switch
+	ScaleDown        time.Duration // how long the load must have been low before autoscaling takes instances away
 
 	// NotifyPrivate lets notifications go to private and loopback addresses, and by plain HTTP.
 	NotifyPrivate bool
@@ -191,6 +192,7 @@ var options = []option{
 	boolean("stop-apps", "stop the router and every app when the daemon stops", func(c *Config) *bool { return &c.StopApps }),
 	str("forge-ca", "certificates to believe of connected repositories, beside the system's", func(c *Config) *string { return &c.ForgeCA }),
 	dur("drain", "how long requests of an old release may go on after a switch", func(c *Config) *time.Duration { return &c.Drain }),
+	dur("scale-down", "how long the load must have been low before autoscaling takes instances away", func(c *Config) *time.Duration { return &c.ScaleDown }),
 	dur("handover", "how long requests may go on in the router that an upgrade replaced", func(c *Config) *time.Duration { return &c.Handover }),
 	str("trusted-proxies", "addresses or networks, by commas, of proxies before the router whose X-Forwarded-For and -Proto count", func(c *Config) *string { return &c.TrustedProxies }),
 	boolean("proxy-protocol", "every connection begins with a PROXY protocol head, version 1 or 2", func(c *Config) *bool { return &c.ProxyProtocol }),
@@ -347,6 +349,9 @@ func (c *Config) Validate() error {
 	c.BuildCache = cmp.Or(c.BuildCache, 20<<30)
 	if c.Handover == 0 {
 		c.Handover = 10 * time.Minute
+	}
+	if c.ScaleDown == 0 {
+		c.ScaleDown = 3 * time.Minute
 	}
 	if c.Drain == 0 {
 		c.Drain = 30 * time.Second

@@ -17,7 +17,6 @@ import (
 const (
 	lookEvery   = time.Second     // counts of requests are looked at, while an app sleeps or scales by itself
 	decideEvery = 5 * time.Second // numbers of instances are decided
-	calmWindow  = 3 * time.Minute // the load must have been low for so long before instances go
 	slack       = 0.1             // a load this near to what was asked for changes nothing
 )
 
@@ -78,7 +77,8 @@ func (d *Daemon) measure() {
 
 // A scaler decides how many instances one process type should have.
 type scaler struct {
-	wants []want // what was needed lately, oldest first
+	calm  time.Duration // the load must have been low for so long before instances go
+	wants []want        // what was needed lately, oldest first
 }
 
 type want struct {
@@ -95,7 +95,7 @@ type demand struct {
 
 // plan says how many instances there should be when have are wanted now, and
 // in words why. It goes up at once, at most to twice as many, and down only to
-// what sufficed for all of calmWindow.
+// what sufficed for all of s.calm.
 func (s *scaler) plan(now time.Time, rule m3o.Scaling, have int, l demand) (n int, why string) {
 	need := 0
 	by := func(load, each float64, words string) {
@@ -115,7 +115,7 @@ func (s *scaler) plan(now time.Time, rule m3o.Scaling, have int, l demand) (n in
 	by(float64(l.instances)*l.cpu, float64(rule.CPU), fmt.Sprintf("%.0f%% of the CPU used", l.cpu))
 	need = min(max(need, rule.Min), rule.Max)
 	s.wants = append(s.wants, want{now, need})
-	for len(s.wants) > 1 && now.Sub(s.wants[0].at) > calmWindow {
+	for len(s.wants) > 1 && now.Sub(s.wants[0].at) > s.calm {
 		s.wants = s.wants[1:]
 	}
 	switch {
@@ -128,8 +128,8 @@ func (s *scaler) plan(now time.Time, rule m3o.Scaling, have int, l demand) (n in
 	for _, w := range s.wants {
 		most = max(most, w.n)
 	}
-	if most < have && now.Sub(s.wants[0].at) >= calmWindow-decideEvery {
-		return most, fmt.Sprintf("little load for %v", calmWindow)
+	if most < have && now.Sub(s.wants[0].at) >= s.calm-decideEvery {
+		return most, fmt.Sprintf("little load for %v", s.calm)
 	}
 	return have, ""
 }
@@ -224,7 +224,7 @@ func (d *Daemon) look(app string, sh shape, a *follows, st router.AppStatus, now
 			continue
 		}
 		if a.scalers[name] == nil {
-			a.scalers[name] = &scaler{}
+			a.scalers[name] = &scaler{calm: d.cfg.ScaleDown}
 		}
 		l := d.demand(sh.rel, name)
 		if name == webProcess {
@@ -272,6 +272,7 @@ func (d *Daemon) autoscale(ctx context.Context, app, process, reason string, n i
 			return nil, nil
 		}
 		s := f.Processes[process]
+		d.tell(app, "%s", reason)
 		s.Replicas = &n
 		f.Processes[process] = s
 		return []string{process}, nil

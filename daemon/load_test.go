@@ -13,7 +13,8 @@ import (
 func TestScalerGoesUpAtOnceAndDownSlowly(t *testing.T) {
 	rule := m3o.Scaling{Min: 1, Max: 10, Concurrency: 50}
 	now := time.Unix(1_800_000_000, 0)
-	s, have := &scaler{}, 1
+	const calm = 3 * time.Minute
+	s, have := &scaler{calm: calm}, 1
 	step := func(inFlight float64) int {
 		now = now.Add(decideEvery)
 		have, _ = s.plan(now, rule, have, demand{instances: have, inFlight: inFlight})
@@ -35,12 +36,12 @@ func TestScalerGoesUpAtOnceAndDownSlowly(t *testing.T) {
 	quiet := time.Duration(0)
 	for have == 10 {
 		step(60)
-		if quiet += decideEvery; quiet > 2*calmWindow {
+		if quiet += decideEvery; quiet > 2*calm {
 			t.Fatal("it never goes down")
 		}
 	}
-	if quiet < calmWindow-2*decideEvery || have != 2 {
-		t.Errorf("after %v of little load there are %d, want 2 after about %v", quiet, have, calmWindow)
+	if quiet < calm-2*decideEvery || have != 2 {
+		t.Errorf("after %v of little load there are %d, want 2 after about %v", quiet, have, calm)
 	}
 	// A load that swings does not make the number swing.
 	changes, was := 0, have
@@ -69,7 +70,7 @@ func TestScalerFollowsCPUAndBounds(t *testing.T) {
 		{m3o.Scaling{Min: 1, Max: 2, CPU: 50}, 7, demand{instances: 7, cpu: 100}, 2},
 		{m3o.Scaling{Min: 1, Max: 9, CPU: 50}, 2, demand{}, 2}, // nothing measured yet
 	} {
-		if got, _ := (&scaler{}).plan(now, c.rule, c.have, c.l); got != c.want {
+		if got, _ := (&scaler{calm: time.Minute}).plan(now, c.rule, c.have, c.l); got != c.want {
 			t.Errorf("%+v with %+v from %d: %d, want %d", c.rule, c.l, c.have, got, c.want)
 		}
 	}

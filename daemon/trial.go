@@ -32,8 +32,10 @@ func (d *Daemon) guardTrial(rel m3o.Release, previous int) {
 		}
 		why := crashWords(crash)
 		reason := fmt.Sprintf("automatic rollback to v%d: %s of %s %s %d times", previous, crash.Process, rel.Name(), why, trialCrashes)
+		d.warn(rel.App, "%s; rollback: auto is set", reason)
 		d.log.Warn("rolling back", "app", rel.App, "release", rel.Version, "reason", reason)
 		if _, _, err := d.rollbackFrom(context.WithoutCancel(ctx), rel.App, "m3o", rel.Version, previous, reason); err != nil {
+			d.warn(rel.App, "the automatic rollback to v%d failed: %s", previous, firstLine(userMessage(err)))
 			d.log.Error("automatic rollback", "app", rel.App, "release", rel.Version, "err", err)
 		}
 	})
