@@ -59,6 +59,8 @@ var measurements = []measurement{
 	{"rollback", "Rollback", (*bench).rollback, false},
 	{"router", "The router, against nginx, Caddy and grpc-gateway", (*bench).proxies, true},
 	{"wake", "Scale from zero", (*bench).wake, false},
+	{"runtime", "Instances", (*bench).oneInstance, true},
+	{"neighbours", "Neighbours of a hog", (*bench).neighbours, true},
 	{"history", "Full history and one commit, against OpenSSH", (*bench).history, false},
 }
 
