@@ -2,12 +2,17 @@ package daemon
 
 import (
 	"context"
+	"crypto/rand"
+	"crypto/rsa"
+	"crypto/x509"
+	"encoding/pem"
 	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
 
+	m3ov1 "github.com/m3o/m3o/api/m3o/v1"
 	"github.com/m3o/m3o/buildpacks/build"
 	"github.com/m3o/m3o/webhook/forgetest"
 )
@@ -85,6 +90,29 @@ func TestEveryForgeFromPushToComment(t *testing.T) {
 			}
 			s.status(foreign, "success")
 		})
+	}
+}
+
+// A GitHub App fetches, makes the webhook and tells by tokens of an hour.
+func TestGitHubAppFromPushToStatus(t *testing.T) {
+	s := newShop(t)
+	key, err := rsa.GenerateKey(rand.Reader, 2048)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.f.App(&key.PublicKey)
+	_, first := s.push("first", "refs/heads/main")
+	s.connect(func(r *m3ov1.ConnectRepoRequest) {
+		r.Token, r.AppId = "", 7
+		r.AppKey = string(pem.EncodeToMemory(&pem.Block{Type: "RSA PRIVATE KEY", Bytes: x509.MarshalPKCS1PrivateKey(key)}))
+	})
+	s.status(first, "success")
+	before, second := s.push("second", "refs/heads/main")
+	s.tell(forgetest.Event{Ref: "refs/heads/main", Before: before, After: second, Message: "second"})
+	s.idle()
+	s.status(second, "success")
+	if len(s.f.Hooks()) != 1 || s.live("app") != second {
+		t.Errorf("%d webhooks, %q is live: %s", len(s.f.Hooks()), s.live("app"), s.note())
 	}
 }
 

@@ -63,9 +63,10 @@ type Forge struct {
 	hooks       map[int]Hook
 	keys        map[int]string
 	last        int
-	down        int           // how many calls are answered by 503
-	gitDown     int           // how many of git's requests are
-	hang        chan struct{} // while it is open, git gets no answer; nil: it does
+	app         *rsa.PublicKey // of a GitHub App
+	down        int            // how many calls are answered by 503
+	gitDown     int            // how many of git's requests are
+	hang        chan struct{}  // while it is open, git gets no answer; nil: it does
 	moved       map[string]string
 	renamed     map[string]string        // as the API answers it
 	token       string                   // what may do everything now
@@ -79,6 +80,7 @@ func New(t testing.TB) *Forge {
 		token: Token, renamed: map[string]string{}, moved: map[string]string{}, seen: map[string][]http.Header{}}
 	mux := http.NewServeMux()
 	f.rest(mux)
+	f.installations(mux)
 	mux.HandleFunc("/", f.git)
 	f.srv = httptest.NewTLSServer(f.counted(mux))
 	t.Cleanup(f.srv.Close)
