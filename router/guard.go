@@ -111,6 +111,7 @@ const lookAfter = 5 * time.Millisecond
 // than the waiting. It is false when the read was interrupted before it began.
 func (c *guardConn) look() bool {
 	c.mu.Lock()
+	c.idle = time.Time{} // that of a body is over
 	if c.due(time.Now()) {
 		c.mu.Unlock()
 		return false
@@ -213,7 +214,6 @@ func (c *guardConn) SetReadDeadline(t time.Time) error {
 	c.limit = t
 	switch {
 	case c.looking:
-		c.idle = time.Time{}
 		if c.due(time.Now()) {
 			c.looking = false
 			c.stop <- struct{}{}

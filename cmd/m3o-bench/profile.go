@@ -81,7 +81,7 @@ func (b *bench) profileOf(ctx context.Context, p *proxied, l load) ([][]string, 
 		return nil, err
 	}
 	for range 3 { // of a hundred samples a second
-		if _, err := l(ctx, p); err != nil {
+		if _, err := patient(ctx, p, l); err != nil {
 			return nil, err
 		}
 	}
