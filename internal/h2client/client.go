@@ -27,7 +27,9 @@ type Config struct {
 	// IdleTimeout is how long a connection without a call is kept; 2 min.
 	IdleTimeout time.Duration
 	// PingAfter is the silence after which a connection with calls is asked
-	// whether it lives, and has as long again to answer; 15 s.
+	// whether it lives, and has 15 s to answer; 5 min and a little. Servers of
+	// gRPC take one that asks more often than every 5 min for an attack, and end
+	// the connection with all its calls.
 	PingAfter time.Duration
 	// WriteTimeout is how long a connection may take nothing; 1 min.
 	WriteTimeout time.Duration
@@ -66,7 +68,7 @@ func New(cfg Config) *Client {
 		cfg.MaxHeader = 64 << 10
 	}
 	set(&cfg.IdleTimeout, 2*time.Minute)
-	set(&cfg.PingAfter, 15*time.Second)
+	set(&cfg.PingAfter, 5*time.Minute+15*time.Second)
 	set(&cfg.WriteTimeout, time.Minute)
 	return &Client{cfg: cfg}
 }

@@ -456,9 +456,53 @@ func TestSilentAppIsGivenUp(t *testing.T) {
 		cl := play(t, Config{PingAfter: time.Second}, func(p *peer) { p.next() })
 		began := time.Now()
 		_, err := cl.RoundTrip(request(t.Context(), "GET", "/", nil, 0))
-		if err == nil || !strings.Contains(err.Error(), "pings") || time.Since(began) > 5*time.Second {
+		if err == nil || !strings.Contains(err.Error(), "pings") || time.Since(began) > 20*time.Second {
 			t.Errorf("got %v after %v", err, time.Since(began))
 		}
+	})
+}
+
+// Servers of gRPC end the connection of who asks more often than every five
+// minutes: a call on which nothing happens for an hour must live.
+func TestSilentCallIsNotTakenForAnAttack(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var pings []time.Time
+		cl := play(t, Config{}, func(p *peer) {
+			id := p.next()
+			p.head(id, false, ":status", "200")
+			end := time.After(time.Hour)
+			for {
+				select {
+				case f, ok := <-p.frames:
+					if !ok {
+						return
+					}
+					if f.t == http2.FramePing {
+						pings = append(pings, time.Now())
+						_ = p.fr.WritePing(true, [8]byte{})
+					}
+				case <-end:
+					_ = p.fr.WriteData(id, true, []byte("at last"))
+					return
+				}
+			}
+		})
+		res, err := cl.RoundTrip(request(t.Context(), "GET", "/", nil, 0))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if b, err := io.ReadAll(res.Body); err != nil || string(b) != "at last" {
+			t.Errorf("got %q, %v", b, err)
+		}
+		if len(pings) < 10 {
+			t.Errorf("%d pings in an hour", len(pings))
+		}
+		for i := 1; i < len(pings); i++ {
+			if d := pings[i].Sub(pings[i-1]); d <= 5*time.Minute {
+				t.Errorf("two pings within %v", d)
+			}
+		}
+		cl.CloseIdleConnections()
 	})
 }
 

@@ -31,6 +31,8 @@ const (
 	// waits with its sender, and more control frames are an attack.
 	maxPending = 256 << 10
 	maxStream  = 1<<31 - 1
+	// pingTimeout is how long an answer to a ping may take.
+	pingTimeout = 15 * time.Second
 )
 
 // conn is one connection. run reads it; whoever has something to write appends
@@ -66,7 +68,8 @@ type conn struct {
 	got      int64 // bytes of data that were not credited yet
 	enc      *hpack.Encoder
 	encBuf   headerBuf
-	seen     int64 // frames when the timer last looked
+	seen     int64     // frames when the timer last looked
+	heard    time.Time // when it saw that they had grown
 	pinged   bool
 	idle     time.Time // since when there has been no call
 	timer    *time.Timer
@@ -74,7 +77,7 @@ type conn struct {
 
 func newConn(cl *Client, nc net.Conn) *conn {
 	c := &conn{cl: cl, c: nc, in: make([]byte, 2*(maxFrame+frameHead)), streams: map[uint32]*stream{}, next: 1, limit: assumed,
-		window: 65535, initial: 65535, most: maxFrame, idle: time.Now()}
+		window: 65535, initial: 65535, most: maxFrame, idle: time.Now(), heard: time.Now()}
 	c.enc = hpack.NewEncoder(&c.encBuf)
 	c.dec = hpack.NewDecoder(4096, c.head.field)
 	c.dec.SetMaxStringLength(4 * cl.cfg.MaxHeader) // longer ends the connection, not the call alone
@@ -114,30 +117,31 @@ func (c *conn) look() {
 	if c.err != nil {
 		return
 	}
-	cfg := &c.cl.cfg
-	again := min(cfg.PingAfter, cfg.IdleTimeout)
+	cfg, now := &c.cl.cfg, time.Now()
+	if n := c.frames.Load(); n != c.seen {
+		c.seen, c.heard, c.pinged = n, now, false
+	}
 	if len(c.streams)+c.reserved == 0 {
-		if left := cfg.IdleTimeout - time.Since(c.idle); left > 0 {
-			c.timer.Reset(min(again, left))
+		left := cfg.IdleTimeout - now.Sub(c.idle)
+		if left <= 0 {
+			c.fail(errUnprocessed)
 			return
 		}
-		c.fail(errUnprocessed)
+		c.timer.Reset(left)
 		return
 	}
-	switch n := c.frames.Load(); {
-	case n != c.seen:
-		c.seen, c.pinged = n, false
+	left := cfg.PingAfter - now.Sub(c.heard)
+	switch {
 	case c.pinged:
 		c.fail(errors.New("the app does not answer pings"))
-		return
-	default:
+	case left <= 0:
 		c.pinged = true
-		c.pend = append(appendHead(c.pend, 8, http2.FramePing, 0, 0), "m3o lives"[:8]...)
-		c.timer.Reset(cfg.PingAfter)
+		c.pend = append(appendHead(c.pend, 8, http2.FramePing, 0, 0), "m3o live"...)
+		c.timer.Reset(pingTimeout)
 		c.flush()
-		return
+	default:
+		c.timer.Reset(min(left, cfg.IdleTimeout))
 	}
-	c.timer.Reset(again)
 }
 
 func (c *conn) closeIdle() {
