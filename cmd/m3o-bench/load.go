@@ -38,8 +38,8 @@ type loaded struct {
 	cpu      time.Duration
 }
 
-// A load is one kind of requests, sent to a proxy for a burst.
-type load func(context.Context, *proxied) (loaded, error)
+// A load is one kind of requests, sent to a proxy for a time.
+type load func(context.Context, *proxied, time.Duration) (loaded, error)
 
 // turns loads all by turns, each round another one first, and gives the run
 // with the median CPU of each.
@@ -78,14 +78,14 @@ func measured(ctx context.Context, p *proxied, l load) (loaded, error) {
 }
 
 // errNothing is a burst in which not one request was answered.
-var errNothing = errors.New("wrk made no request")
+var errNothing = errors.New("no request was answered")
 
-// patient loads p again when a machine that is busy with other things left
-// nothing of a burst; thrice in a row it is no accident.
+// patient loads p for a burst, and longer when a machine that is busy with
+// other things left nothing of it.
 func patient(ctx context.Context, p *proxied, l load) (loaded, error) {
-	for n := 1; ; n++ {
-		one, err := l(ctx, p)
-		if n == 3 || !errors.Is(err, errNothing) {
+	for d := burst; ; d *= 3 {
+		one, err := l(ctx, p, d)
+		if d > 5*burst || !errors.Is(err, errNothing) {
 			return one, err
 		}
 	}
@@ -108,8 +108,8 @@ func find(re *regexp.Regexp, s string) string {
 }
 
 // wrk sends HTTP/1.1, over so many connections.
-func wrk(ctx context.Context, url string, conns int, more ...string) (loaded, error) {
-	args := append([]string{"-t1", "-c", strconv.Itoa(conns), "-d" + burst.String(), "--latency"}, more...)
+func wrk(ctx context.Context, url string, d time.Duration, conns int, more ...string) (loaded, error) {
+	args := append([]string{"-t1", "-c", strconv.Itoa(conns), "-d" + d.String(), "--latency"}, more...)
 	out, err := exec.CommandContext(ctx, "wrk", append(args, url)...).CombinedOutput()
 	s := string(out)
 	if err != nil {
@@ -130,26 +130,29 @@ func wrk(ctx context.Context, url string, conns int, more ...string) (loaded, er
 }
 
 // h2load sends HTTP/2, over so many connections with so many streams each.
-func h2load(ctx context.Context, url string, conns, streams int, more ...string) (loaded, error) {
+func h2load(ctx context.Context, url string, d time.Duration, conns, streams int, more ...string) (loaded, error) {
 	dir, err := os.MkdirTemp("", "m3o-bench-h2load-")
 	if err != nil {
 		return loaded{}, err
 	}
 	defer os.RemoveAll(dir) //nolint:errcheck // in the temporary directory
 	log := filepath.Join(dir, "log")
-	args := append([]string{"-D", strconv.Itoa(int(burst.Seconds())), "-c", strconv.Itoa(conns), "-m", strconv.Itoa(streams), "-w20", "-W24", "--log-file=" + log}, more...)
+	args := append([]string{"-D", strconv.Itoa(int(d.Seconds())), "-c", strconv.Itoa(conns), "-m", strconv.Itoa(streams), "-w20", "-W24", "--log-file=" + log}, more...)
 	out, err := exec.CommandContext(ctx, "h2load", append(args, url)...).CombinedOutput()
 	s := string(out)
 	if err != nil {
 		return loaded{}, fmt.Errorf("h2load: %w: %s", err, s)
 	}
 	m := h2Count.FindStringSubmatch(s)
-	if m == nil || m[1] != m[2] || m[1] == "0" {
+	if m != nil && m[1] == "0" {
+		return loaded{}, fmt.Errorf("%w: %s", errNothing, s)
+	}
+	if m == nil || m[1] != m[2] {
 		return loaded{}, fmt.Errorf("h2load: not all requests succeeded: %s", s)
 	}
 	var l loaded
 	l.requests, _ = strconv.Atoi(m[1])
-	l.rate = float64(l.requests) / burst.Seconds()
+	l.rate = float64(l.requests) / d.Seconds()
 	lines, err := os.ReadFile(log)
 	if err != nil {
 		return l, err
@@ -173,16 +176,16 @@ func percentiles(took durations) (p50, p99 time.Duration) {
 	return took[len(took)/2], took[len(took)*99/100]
 }
 
-// workers runs f in n goroutines for a burst; f does one request or message
+// workers runs f in n goroutines for the time d; f does one request or message
 // after the other until stop says so, and tells of each.
-func workers(n int, f func(i int, stop func() bool, tell func(began time.Time)) error) (loaded, error) {
+func workers(n int, d time.Duration, f func(i int, stop func() bool, tell func(began time.Time)) error) (loaded, error) {
 	all := make([]durations, n)
 	errs := make([]error, n)
 	var wg sync.WaitGroup
 	began := time.Now()
 	for i := range n {
 		wg.Go(func() {
-			errs[i] = f(i, func() bool { return time.Since(began) > burst }, func(t time.Time) { all[i].add(time.Since(t)) })
+			errs[i] = f(i, func() bool { return time.Since(began) > d }, func(t time.Time) { all[i].add(time.Since(t)) })
 		})
 	}
 	wg.Wait()
@@ -215,13 +218,13 @@ func dialRPC(p *proxied, n int) ([]testpb.TestServiceClient, func(), error) {
 
 // pingPong exchanges messages of 100 bytes on 64 streams over 8 connections; a
 // request is one message there and one back.
-func pingPong(ctx context.Context, p *proxied) (loaded, error) {
+func pingPong(ctx context.Context, p *proxied, d time.Duration) (loaded, error) {
 	clients, end, err := dialRPC(p, 8)
 	if err != nil {
 		return loaded{}, err
 	}
 	defer end()
-	return workers(64, func(i int, stop func() bool, tell func(time.Time)) error {
+	return workers(64, d, func(i int, stop func() bool, tell func(time.Time)) error {
 		s, err := clients[i%len(clients)].FullDuplexCall(ctx)
 		if err != nil {
 			return err
@@ -249,7 +252,7 @@ func pingPong(ctx context.Context, p *proxied) (loaded, error) {
 
 // downStream reads streams of 500 messages of 1 KB, 16 at once over 4
 // connections; a request is one message.
-func downStream(ctx context.Context, p *proxied) (loaded, error) {
+func downStream(ctx context.Context, p *proxied, d time.Duration) (loaded, error) {
 	clients, end, err := dialRPC(p, 4)
 	if err != nil {
 		return loaded{}, err
@@ -259,7 +262,7 @@ func downStream(ctx context.Context, p *proxied) (loaded, error) {
 	for range 500 {
 		in.ResponseParameters = append(in.ResponseParameters, &testpb.ResponseParameters{Size: 1024})
 	}
-	return workers(16, func(i int, stop func() bool, tell func(time.Time)) error {
+	return workers(16, d, func(i int, stop func() bool, tell func(time.Time)) error {
 		for !stop() {
 			s, err := clients[i%len(clients)].StreamingOutputCall(ctx, in)
 			if err != nil {

@@ -140,14 +140,18 @@ func (b *bench) requests(ctx context.Context, sec *section, dir string, ps []*pr
 		load   func(path string, conns int) load
 	}{
 		{"HTTP/1.1", 2.2, func(path string, n int) load {
-			return func(ctx context.Context, p *proxied) (loaded, error) { return wrk(ctx, "http://"+p.http+path, n) }
+			return func(ctx context.Context, p *proxied, d time.Duration) (loaded, error) {
+				return wrk(ctx, "http://"+p.http+path, d, n)
+			}
 		}},
 		{"HTTP/1.1 with TLS", 2, func(path string, n int) load {
-			return func(ctx context.Context, p *proxied) (loaded, error) { return wrk(ctx, "https://"+p.https+path, n) }
+			return func(ctx context.Context, p *proxied, d time.Duration) (loaded, error) {
+				return wrk(ctx, "https://"+p.https+path, d, n)
+			}
 		}},
 		{"HTTP/2 with TLS", 0, func(path string, n int) load {
-			return func(ctx context.Context, p *proxied) (loaded, error) {
-				return h2load(ctx, "https://"+p.https+path, n, 1)
+			return func(ctx context.Context, p *proxied, d time.Duration) (loaded, error) {
+				return h2load(ctx, "https://"+p.https+path, d, n, 1)
 			}
 		}},
 	} {
@@ -158,8 +162,8 @@ func (b *bench) requests(ctx context.Context, sec *section, dir string, ps []*pr
 			kind{proto.name + ", 1 MB, 1 connection", 0, proto.load("/big", 1)})
 	}
 	unary := func(conns, streams int) load {
-		return func(ctx context.Context, p *proxied) (loaded, error) {
-			return h2load(ctx, "http://"+p.rpc+"/grpc.testing.TestService/EmptyCall", conns, streams, "--data="+empty,
+		return func(ctx context.Context, p *proxied, d time.Duration) (loaded, error) {
+			return h2load(ctx, "http://"+p.rpc+"/grpc.testing.TestService/EmptyCall", d, conns, streams, "--data="+empty,
 				"-H", ":authority: rpc.localhost", "-H", "content-type: application/grpc", "-H", "te: trailers")
 		}
 	}
@@ -236,8 +240,8 @@ func (b *bench) transcoding(ctx context.Context, sec *section, ours, gate *proxi
 		if err := os.WriteFile(script, []byte(lua), 0o600); err != nil {
 			return err
 		}
-		l := func(ctx context.Context, p *proxied) (loaded, error) {
-			return wrk(ctx, "http://"+p.http+"/bench.v1.Shop/"+m.method, 64, "-s", script)
+		l := func(ctx context.Context, p *proxied, d time.Duration) (loaded, error) {
+			return wrk(ctx, "http://"+p.http+"/bench.v1.Shop/"+m.method, d, 64, "-s", script)
 		}
 		ps := []*proxied{ours, gate}
 		ls, err := b.turns(ctx, ps, l)
@@ -262,7 +266,9 @@ func (b *bench) hosts(ctx context.Context, dir string, few *proxied, up backends
 		return err
 	}
 	defer many.stop()
-	ls, err := b.turns(ctx, []*proxied{many, few}, func(ctx context.Context, p *proxied) (loaded, error) { return wrk(ctx, "http://"+p.http+"/", 64) })
+	ls, err := b.turns(ctx, []*proxied{many, few}, func(ctx context.Context, p *proxied, d time.Duration) (loaded, error) {
+		return wrk(ctx, "http://"+p.http+"/", d, 64)
+	})
 	if err != nil {
 		return err
 	}
