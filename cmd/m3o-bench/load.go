@@ -109,7 +109,7 @@ func find(re *regexp.Regexp, s string) string {
 
 // wrk sends HTTP/1.1, over so many connections.
 func wrk(ctx context.Context, url string, d time.Duration, conns int, more ...string) (loaded, error) {
-	args := append([]string{"-t1", "-c", strconv.Itoa(conns), "-d" + d.String(), "--latency"}, more...)
+	args := append([]string{"-t1", "-c", strconv.Itoa(conns), "-d" + d.String(), "--latency", "--timeout", "20s"}, more...)
 	out, err := exec.CommandContext(ctx, "wrk", append(args, url)...).CombinedOutput()
 	s := string(out)
 	if err != nil {
