@@ -138,8 +138,15 @@ func h2load(ctx context.Context, url string, d time.Duration, conns, streams int
 	defer os.RemoveAll(dir) //nolint:errcheck // in the temporary directory
 	log := filepath.Join(dir, "log")
 	args := append([]string{"-D", strconv.Itoa(int(d.Seconds())), "-c", strconv.Itoa(conns), "-m", strconv.Itoa(streams), "-w20", "-W24", "--log-file=" + log}, more...)
-	out, err := exec.CommandContext(ctx, "h2load", append(args, url)...).CombinedOutput()
+	// On a busy machine its connections may not all be there when the time is
+	// over, and then it never ends.
+	bounded, cancel := context.WithTimeout(ctx, d+5*time.Second)
+	defer cancel()
+	out, err := exec.CommandContext(bounded, "h2load", append(args, url)...).CombinedOutput()
 	s := string(out)
+	if err != nil && bounded.Err() != nil && ctx.Err() == nil {
+		return loaded{}, fmt.Errorf("%w: h2load did not end", errNothing)
+	}
 	if err != nil {
 		return loaded{}, fmt.Errorf("h2load: %w: %s", err, s)
 	}
