@@ -44,7 +44,7 @@ var owners = map[string][]string{
 	"github.com/google/go-github":        {"webhook"},
 	"github.com/xanzy/go-gitlab":         {"webhook"},
 	"github.com/robfig/cron":             {"events/cron"},
-	"google.golang.org/grpc":             {"runtime", "gateway", "router"},
+	"google.golang.org/grpc":             {"runtime", "gateway", "router", "buildpacks/build"},
 	"google.golang.org/grpc/reflection/": {"gateway", "runtime"},
 }
 

@@ -235,7 +235,11 @@ func (d *Daemon) build(ctx context.Context, src m3o.Source, tree *source.Tree, w
 	if err != nil {
 		return plan, api, build.Result{}, err
 	}
-	res, err := d.builder.Build(ctx, build.Request{App: src.App, User: src.User, Plan: plan, Tree: tree, Out: w, Commit: src.Commit, Time: tree.Time(), Secrets: secrets,
+	logins, err := d.registries(ctx, src.App)
+	if err != nil {
+		return plan, api, build.Result{}, err
+	}
+	res, err := d.builder.Build(ctx, build.Request{App: src.App, User: src.User, Plan: plan, Tree: tree, Out: w, Commit: src.Commit, Time: tree.Time(), Secrets: secrets, Registries: logins,
 		Generate: api.generate, NoCache: slices.Contains(src.Options, "force-rebuild")})
 	if err == nil {
 		err = d.attach(ctx, res.Image, api)
@@ -277,7 +281,11 @@ func (d *Daemon) takeImage(ctx context.Context, src m3o.Source, w io.Writer) (*b
 	if err != nil {
 		return nil, build.Result{}, err
 	}
-	res, err := d.builder.Build(ctx, build.Request{App: src.App, User: src.User, Plan: plan, Tree: tree, Out: w, NoCache: true})
+	logins, err := d.registries(ctx, src.App)
+	if err != nil {
+		return nil, build.Result{}, err
+	}
+	res, err := d.builder.Build(ctx, build.Request{App: src.App, User: src.User, Plan: plan, Tree: tree, Out: w, NoCache: true, Registries: logins})
 	if err != nil {
 		return nil, res, err
 	}

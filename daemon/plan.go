@@ -11,6 +11,7 @@ import (
 
 	"github.com/m3o/m3o"
 	"github.com/m3o/m3o/buildpacks"
+	"github.com/m3o/m3o/buildpacks/build"
 	"github.com/m3o/m3o/buildpacks/dockerfile"
 	"github.com/m3o/m3o/buildpacks/golang"
 	"github.com/m3o/m3o/buildpacks/source"
@@ -86,6 +87,24 @@ func (d *Daemon) buildSecrets(ctx context.Context, app string, plan *buildpacks.
 		out[name] = m3o.Secret(strings.TrimPrefix(env[i], name+"="))
 	}
 	return out, nil
+}
+
+// registries is the app's config var with the passwords of registries, "" without one.
+func (d *Daemon) registries(ctx context.Context, app string) (m3o.Secret, error) {
+	rev, err := d.config.Current(ctx, app)
+	if err != nil {
+		return "", err
+	}
+	env, err := d.config.Env(ctx, app, rev.Number)
+	if err != nil {
+		return "", err
+	}
+	for _, e := range env {
+		if v, ok := strings.CutPrefix(e, build.RegistryVar+"="); ok {
+			return m3o.Secret(v), nil
+		}
+	}
+	return "", nil
 }
 
 // askedEnv sees to the config vars that app.json asks for: a secret it wants

@@ -170,7 +170,11 @@ func (d *Daemon) rebuild(ctx context.Context, rel m3o.Release, user string, w io
 	if err != nil {
 		return "", nil, err
 	}
-	res, err := d.builder.Build(ctx, build.Request{App: rel.App, User: user, Plan: plan, Tree: tree, Out: w, Commit: rel.Commit, Time: tree.Time(), Secrets: secrets,
+	logins, err := d.registries(ctx, rel.App)
+	if err != nil {
+		return "", nil, err
+	}
+	res, err := d.builder.Build(ctx, build.Request{App: rel.App, User: user, Plan: plan, Tree: tree, Out: w, Commit: rel.Commit, Time: tree.Time(), Secrets: secrets, Registries: logins,
 		Generate: api.generate, NoCache: true, Verify: true, Toolchain: bld.Toolchain})
 	if err != nil {
 		return "", nil, err

@@ -73,6 +73,10 @@ func (b *Builder) buildDockerfile(ctx context.Context, req Request, out *output)
 	for k, s := range req.Secrets {
 		secrets[k] = []byte(s.Reveal())
 	}
+	logins, err := parseRegistries(req.Registries)
+	if err != nil {
+		return res, err
+	}
 	tree := subFS{req.Tree.FS(), dir}
 	w := newWatch(out)
 	w.all = true
@@ -83,7 +87,7 @@ func (b *Builder) buildDockerfile(ctx context.Context, req Request, out *output)
 		LocalMounts: map[string]fsutil.FS{"context": tree, "dockerfile": tree},
 		SharedKey:   "app-" + req.App,
 		OCIStores:   stores,
-		Session:     []session.Attachable{secretsprovider.FromMap(secrets)},
+		Session:     []session.Attachable{secretsprovider.FromMap(secrets), logins},
 		Exports: []client.ExportEntry{{Type: client.ExporterOCI, OutputStore: b.images, Attrs: map[string]string{
 			"tar": "false", "oci-mediatypes": "true", "compression": "uncompressed", "force-compression": "true", "rewrite-timestamp": "true"}}},
 	}
@@ -150,6 +154,9 @@ func onlyPort(c v1.ImageConfig) (int, error) {
 	return ports[0], nil
 }
 
+// refusedPull is how a registry says no, or that it knows nobody of that name.
+var refusedPull = regexp.MustCompile(`401 Unauthorized|403 Forbidden|authorization failed|pull access denied|insufficient_scope`)
+
 var dockerfileLine = regexp.MustCompile(`(?:dockerfile|Dockerfile) parse error on line ([0-9]+): (.*)`)
 
 // explainDockerfile is explain for a Dockerfile: what is wrong with it is
@@ -170,6 +177,9 @@ func (b *Builder) explainDockerfile(ctx context.Context, gen int, err error, w *
 	case dockerfileLine.MatchString(msg):
 		p := dockerfileLine.FindStringSubmatch(msg)
 		return &m3o.Error{Kind: m3o.Invalid, Msg: file + ":" + p[1] + ": " + p[2], Hint: hint, Err: err}
+	case refusedPull.MatchString(msg):
+		return &m3o.Error{Kind: m3o.Invalid, Msg: at(file, err) + "the registry does not let an image of a FROM line be read: " + lastPart(msg),
+			Hint: "set its password: m3o config:set " + RegistryVar + "=- --secret, with what docker login writes to config.json", Err: err}
 	case strings.Contains(msg, "failed to resolve source metadata"), strings.Contains(msg, "dial tcp"), strings.Contains(msg, "i/o timeout"):
 		return &m3o.Error{Kind: m3o.Unavailable, Msg: at(file, err) + "an image of a FROM line could not be fetched: " + lastPart(msg),
 			Hint: "check its name and that this machine reaches its registry, use FROM scratch, or put it into the repository as an OCI layout: build.images in m3o.yaml", Err: err}

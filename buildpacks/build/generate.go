@@ -168,10 +168,14 @@ func (g Generation) job() (fsutil.FS, error) {
 type memFS map[string][]byte
 
 // Walk implements fsutil.FS.
-func (m memFS) Walk(_ context.Context, _ string, fn fs.WalkDirFunc) error {
+func (m memFS) Walk(_ context.Context, target string, fn fs.WalkDirFunc) error {
+	target = strings.Trim(path.Clean("/"+target), "/")
 	names := make([]string, 0, len(m))
 	for n := range m {
-		names = append(names, n)
+		// A file may be asked for by name, such as one that need not be there.
+		if _, below := relative(target, n); below || n == target {
+			names = append(names, n)
+		}
 	}
 	slices.Sort(names)
 	for _, n := range names {

@@ -36,6 +36,9 @@ type Request struct {
 	// is a file that NETRC names, for private modules. A Dockerfile mounts them.
 	// They reach no layer, log or cache key.
 	Secrets map[string]m3o.Secret
+	// Registries has the passwords of registries that FROM lines name, as Docker's
+	// config.json. No step sees it.
+	Registries m3o.Secret
 	// Verify builds with Go caches of its own, which other builds do not write to.
 	Verify bool
 	// Toolchain is the very one to use, "go1.26.3"; "" leaves it to the plan.
