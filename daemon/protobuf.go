@@ -249,7 +249,8 @@ func exists(tree fs.FS, name string) bool {
 func goCode(tree *source.Tree, plan *buildpacks.Plan, res *protobuf.Result, out output) (build.Generation, error) {
 	gomod, err := tree.ReadFile(path.Join(plan.Dir, "go.mod"))
 	if errors.Is(err, fs.ErrNotExist) { // a workspace
-		out.line("Go code is generated for one module, not for a workspace: what is committed is built")
+		out.line("Go code is generated for one module, not for a workspace: what is committed is built.")
+		out.line("build.dir in m3o.yaml with the folder of a module has its code generated")
 		return build.Generation{}, nil
 	}
 	if err != nil {

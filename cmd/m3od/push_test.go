@@ -139,6 +139,11 @@ func TestBrokenPushChangesNothing(t *testing.T) {
 			}
 			eve.commit(t, dir, c.sample)
 			brokenPush(t, eve, dir, c.want, before)
+			if c.sample == "broken-compile" {
+				if got := eve.must(t, dir, "m3o", "builds:info"); !regexp.MustCompile(`(?s)failed.*go build +[0-9.]+ *m?s`).MatchString(got) {
+					t.Errorf("builds:info of the failed build says:\n%s", got)
+				}
+			}
 			eve.must(t, dir, "git", "reset", "-q", "--hard", "HEAD~1")
 		})
 	}

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"encoding/json"
 	"io"
 	"net/http"
 	"os"
@@ -62,6 +63,24 @@ func TestSampleRepositories(t *testing.T) {
 	})
 }
 
+// Editors find the schema of m3o.yaml without signing in.
+func TestSchemaIsServed(t *testing.T) {
+	b := theBox(t)
+	res, err := b.client(t).Get(b.api + schemaPath)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer res.Body.Close()
+	var s struct {
+		Properties map[string]any
+	}
+	if err := json.NewDecoder(res.Body).Decode(&s); err != nil || res.StatusCode != 200 || s.Properties["build"] == nil || res.Header.Get("Access-Control-Allow-Origin") != "*" {
+		t.Errorf("%s: %v, %v, header %v", res.Status, s, err, res.Header)
+	}
+}
+
+const schemaPath = "/-/m3o.schema.json"
+
 // A Dockerfile, an archive and a folder become releases without a registry.
 func TestDockerfileImageAndFolder(t *testing.T) {
 	b := theBox(t)
@@ -73,10 +92,18 @@ func TestDockerfileImageAndFolder(t *testing.T) {
 	if out, err := build.CombinedOutput(); err != nil {
 		t.Fatalf("%v\n%s", err, out)
 	}
+	// What is built by a Dockerfile has an API all the same.
+	const proto = "syntax = \"proto3\";\npackage scratch.v1;\nmessage Thing {}\nservice Things { rpc Get(Thing) returns (Thing); }\n"
+	if err := os.WriteFile(filepath.Join(dir, "things.proto"), []byte(proto), 0o600); err != nil {
+		t.Fatal(err)
+	}
 	ada.commit(t, dir, "binary")
 	ada.must(t, dir, "m3o", "create", "scratch")
-	if out, err := ada.push(dir); err != nil {
+	if out, err := ada.push(dir); err != nil || !strings.Contains(out, "Protobuf: 1 file, 1 service, 1 method") {
 		t.Fatalf("push: %v\n%s\n%s", err, out, b.log.tail(3000))
+	}
+	if got := ada.must(t, dir, "m3o", "releases:info", "--json"); !regexp.MustCompile(`"descriptors": *"sha256:`).MatchString(got) {
+		t.Errorf("releases:info says %s", got)
 	}
 	if status, body := b.get(t, "scratch", "/"); status != 200 || !strings.Contains(body, "dockerfile-scratch a file of another owner") {
 		t.Errorf("the Dockerfile's image answers %d %q", status, body)
