@@ -173,7 +173,7 @@ func newBox(bin string) (*box, error) {
 	b.api = "https://api.localhost:" + port
 	b.env = []string{asDaemon + "=1", "PATH=" + os.Getenv("PATH"), "HOME=" + dir,
 		"M3O_DATA=" + b.data, "M3O_BIN=" + bin, "M3O_HTTP=" + b.http, "M3O_HTTPS=" + b.https, "M3O_SSH=" + b.ssh,
-		"M3O_METRICS=" + b.metrics, "M3O_NAME=" + boxName, fmt.Sprintf("M3O_SUBNET=198.18.%d.0/21", 128+8*slot()), "M3O_LOG_LEVEL=debug", "M3O_DRAIN=10s",
+		"M3O_METRICS=" + b.metrics, "M3O_NAME=" + boxName, fmt.Sprintf("M3O_SUBNET=198.18.%d.0/21", 128+8*slot()), "M3O_LOG_LEVEL=debug", "M3O_DRAIN=10s", "M3O_SCALE_DOWN=9s",
 		"M3O_NOTIFY_PRIVATE=true", "M3O_FORGE_CA=" + filepath.Join(dir, "forge.crt"), "M3O_GO_VULN_DB=file://" + filepath.Join(dir, "vulndb")}
 	for _, k := range []string{"GOPROXY", "GOSUMDB", "GONOSUMDB", "GOPRIVATE", "GOFLAGS", "SSL_CERT_FILE", "SSL_CERT_DIR"} {
 		if v, err := exec.Command("go", "env", k).Output(); err == nil && len(bytes.TrimSpace(v)) > 0 && strings.HasPrefix(k, "GO") && k != "GOFLAGS" {

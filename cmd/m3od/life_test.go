@@ -298,6 +298,9 @@ func TestCrashLoopIsExplainedAndRolledBack(t *testing.T) {
 		rels = p.must(t, dir, "m3o", "releases")
 		return strings.Contains(rels, "automatic rollback to v3") && strings.Contains(rels, "exited with code 3 3 times")
 	})
+	if out := p.must(t, dir, "m3o", "logs", "-n", "500", "-s", "m3o"); !strings.Contains(out, "automatic rollback to v3: web of v4 exited with code 3 3 times; rollback: auto is set") {
+		t.Errorf("the app's log does not tell of the rollback:\n%s", out)
+	}
 	c := b.client(t)
 	eventually(t, "it answers", func() bool { return ask(c, b.url("wobbly", "/")) == nil })
 	p.must(t, dir, "m3o", "destroy", "--confirm", "wobbly")

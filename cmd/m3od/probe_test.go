@@ -22,9 +22,15 @@ type probe struct {
 
 func startProbe(t *testing.T, b *box, app, path string) *probe {
 	t.Helper()
-	p := &probe{quit: make(chan struct{})}
 	c := b.client(t)
 	url := b.url(app, path)
+	return startAsking(t, func() error { return ask(c, url) })
+}
+
+// startAsking is startProbe for any way to ask.
+func startAsking(t *testing.T, ask func() error) *probe {
+	t.Helper()
+	p := &probe{quit: make(chan struct{})}
 	p.wg.Go(func() {
 		for {
 			select {
@@ -32,7 +38,7 @@ func startProbe(t *testing.T, b *box, app, path string) *probe {
 				return
 			case <-time.After(5 * time.Millisecond):
 			}
-			p.note(ask(c, url))
+			p.note(ask())
 		}
 	})
 	t.Cleanup(func() { p.stop() })
