@@ -17,9 +17,13 @@ import (
 	"github.com/summerwind/h2spec/spec"
 )
 
-// h2specFails are the cases net/http's server fails by choice: it answers what
-// it could refuse with a stream error.
-const h2specFails = 4
+// h2specFails are the cases net/http's server fails by choice, and why.
+var h2specFails = map[string]string{
+	`Sends a large size HEADERS frame that exceeds the SETTINGS_MAX_FRAME_SIZE`:                    "the suite sends 20 KB, but the server allows frames of 1 MB",
+	`Sends multiple values of SETTINGS_INITIAL_WINDOW_SIZE`:                                        "the server ends connections that set one setting twice in one frame",
+	`Sends a HEADERS frame that contains the connection-specific header field`:                     "the server answers 400 instead of resetting the stream",
+	`Sends a HEADERS frame that contains the TE header field with any value other than "trailers"`: "as above",
+}
 
 func TestH2spec(t *testing.T) {
 	addr, _ := backend(t, http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
@@ -40,12 +44,16 @@ func TestH2spec(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = os.Stdout.Close(); os.Stdout = out })
-	total, failed := 0, []string(nil)
+	total, left, failed := 0, 0, []string(nil)
 	var collect func(g *spec.TestGroup)
 	collect = func(g *spec.TestGroup) {
 		for _, tc := range g.Tests {
 			if total++; tc.Result != nil && tc.Result.Failed {
-				failed = append(failed, fmt.Sprintf("%s: %s", g.ID(), tc.Desc))
+				if _, known := h2specFails[tc.Desc]; known {
+					left++
+				} else {
+					failed = append(failed, fmt.Sprintf("%s: %s: %v", g.ID(), tc.Desc, tc.Result.Error))
+				}
 			}
 		}
 		for _, sub := range g.Groups {
@@ -56,8 +64,8 @@ func TestH2spec(t *testing.T) {
 		g.Test(c)
 		collect(g)
 	}
-	t.Logf("%d of %d cases pass", total-len(failed), total)
-	if total < 145 || len(failed) > h2specFails {
-		t.Errorf("%d of %d cases fail, at most %d may:\n%s", len(failed), total, h2specFails, strings.Join(failed, "\n"))
+	t.Logf("%d of %d cases pass, %d are left out by name", total-left-len(failed), total, left)
+	if total < 145 || len(failed) > 0 {
+		t.Errorf("of %d cases fail:\n%s", total, strings.Join(failed, "\n"))
 	}
 }
