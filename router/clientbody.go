@@ -75,15 +75,13 @@ func (b *clientBody) interrupt() {
 	}
 }
 
-// end is called when the handler is: over HTTP/1.1 it returns when nobody reads
-// the body any more. The HTTP/2 server ends its readers itself.
+// end is called when the handler of an HTTP/1.1 request is: it returns when
+// nobody reads the body any more. The HTTP/2 server ends its readers itself.
 func (b *clientBody) end() {
-	if b.old {
-		b.interrupt()
-		b.mu.Lock()
-		b.ended = true
-		b.mu.Unlock()
-	}
+	b.interrupt()
+	b.mu.Lock()
+	b.ended = true
+	b.mu.Unlock()
 }
 
 // clientGone says that nobody waits for the answer. net/http takes a read that

@@ -96,8 +96,8 @@ func (q *request) relay(rest string) {
 	a.inflight.Add(1)
 	defer func() {
 		q.record(began, broken)
-		if q.body != nil {
-			q.body.end()
+		if q.rec.body != nil { // else nobody reads it but the handler
+			q.rec.body.end()
 		}
 		if q.held {
 			q.call.done()
