@@ -31,6 +31,11 @@ func (r *Reconciler) keep(ctx context.Context, in *instance) {
 			r.finish(ctx, in, Exit{Code: -1, At: time.Now()}) // nobody knows how far it came
 			return
 		default:
+			// A record may say that it was ready when the machine went down: this
+			// is another launch, which has to show it.
+			if in.record.Ready {
+				r.write(in, func(rec *record) { rec.Ready = false })
+			}
 			h, err = r.launch(ctx, in)
 		}
 		if ctx.Err() != nil && !stopping(in) {

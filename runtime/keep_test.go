@@ -279,3 +279,37 @@ func TestLostWhenItRanOnceItIsNotRunAgain(t *testing.T) {
 		t.Errorf("still wanted: %v %v %v", third.wants, third.have, err)
 	}
 }
+
+// After a restart of the machine nothing of an instance is left but its
+// record, which says that it was ready.
+func TestInstanceIsReadyAndRefusesConnectionsAfterAMachineRestart(t *testing.T) {
+	dir := t.TempDir()
+	synctest.Test(t, func(t *testing.T) {
+		for _, refused := range []error{nil, errors.New("connection refused")} {
+			r, err := NewReconciler(dir, &puppet{exit: make(chan Exit)}, nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			r.ask = func(context.Context, string, m3o.Health) (Protocol, error) { return HTTP1, refused }
+			ctx, cancel := context.WithCancel(t.Context())
+			done := make(chan error, 1)
+			go func() { done <- r.Run(ctx) }()
+			if err := r.Start(t.Context(), Workload{Ref: web, Port: 8080}, 1); err != nil {
+				t.Fatal(err)
+			}
+			want := m3o.Starting
+			if refused == nil {
+				want = m3o.Ready
+			}
+			time.Sleep(time.Second)
+			synctest.Wait()
+			if got := phase(t, r); got != want {
+				t.Errorf("its port says %v: it is %s, want %s", refused, got, want)
+			}
+			cancel()
+			if err := <-done; err != nil {
+				t.Error(err)
+			}
+		}
+	})
+}
