@@ -15,7 +15,7 @@ const module = "github.com/m3o/m3o"
 // and, below a driver's folder, its parent. ARCHITECTURE.md shows the table.
 var layer = map[string]int{
 	"": 0, "internal": 0,
-	"api": 1, "store": 1, "events": 1,
+	"api": 1, "store": 1, "events": 1, "telemetry": 1,
 	"auth": 2, "config": 2, "certs": 2, "release": 2, "discovery": 2,
 	"gitserver": 3, "webhook": 3, "buildpacks": 3, "runtime": 3, "router": 3, "gateway": 3, "web": 3,
 	"daemon": 4,
@@ -45,6 +45,7 @@ var owners = map[string][]string{
 	"github.com/xanzy/go-gitlab":         {"webhook"},
 	"github.com/robfig/cron":             {"events/cron"},
 	"google.golang.org/grpc":             {"runtime", "gateway", "router", "buildpacks/build"},
+	"go.opentelemetry.io/":               {"telemetry"},
 	"google.golang.org/grpc/reflection/": {"gateway", "runtime"},
 }
 

@@ -148,7 +148,7 @@ func TestExpositionEscapesLabels(t *testing.T) {
 	e.sample("m3o_x_total", 1.5, "app", "a\"b\\c\nd", "status", "200")
 	e.sample("m3o_x_total", 1e9)
 	want := "# HELP m3o_x_total Help.\n# TYPE m3o_x_total counter\nm3o_x_total{app=\"a\\\"b\\\\c\\nd\",status=\"200\"} 1.5\nm3o_x_total 1e+09\n"
-	if got := e.b.String(); got != want {
+	if got := string(e.text()); got != want {
 		t.Errorf("got %q, want %q", got, want)
 	}
 }

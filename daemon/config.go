@@ -63,7 +63,12 @@ type Config struct {
 	LogAge     time.Duration // lines of apps' logs are kept this long
 	LogSize    int           // MB kept of the logs of an app's instances that are gone
 	Metrics    string        // address of GET /metrics for Prometheus; "" for none
-	AccessLog  int           // requests a second that get a line in their app's log; default 1000, -1 for none
+	// OTLPEndpoint is the base URL of an OpenTelemetry collector (OTLP/HTTP) for
+	// spans and metrics; "" for none.
+	OTLPEndpoint string
+	OTLPSample   string        // of requests' traces that begin here, 0 to 1; default 0.01
+	OTLPInterval time.Duration // between two sendings of the metrics; default 1 min
+	AccessLog    int           // requests a second that get a line in their app's log; default 1000, -1 for none
 
 	DefaultAccess string // "public" or "private": who may use the URL of an app of which nothing was set
 
@@ -207,6 +212,9 @@ var options = []option{
 	dur("log-age", "how long lines of apps' logs are kept (default 168h)", func(c *Config) *time.Duration { return &c.LogAge }),
 	number("log-size", "MB that are kept of the logs of an app's instances that are gone (default 200)", func(c *Config) *int { return &c.LogSize }),
 	str("metrics", "address where Prometheus finds /metrics, without authentication: 127.0.0.1:9464 (default: none)", func(c *Config) *string { return &c.Metrics }),
+	str("otlp-endpoint", "OpenTelemetry collector (OTLP/HTTP) that gets traces and metrics: http://127.0.0.1:4318 (default: OTEL_EXPORTER_OTLP_ENDPOINT, or none)", func(c *Config) *string { return &c.OTLPEndpoint }),
+	str("otlp-sample", "share of the requests that are traced, 0 to 1 (default: OTEL_TRACES_SAMPLER_ARG, or 0.01)", func(c *Config) *string { return &c.OTLPSample }),
+	dur("otlp-interval", "how often the collector gets the metrics (default: OTEL_METRIC_EXPORT_INTERVAL, or 1m)", func(c *Config) *time.Duration { return &c.OTLPInterval }),
 	number("access-log", "how many requests a second, of all apps together, get a line in their app's log (default 1000, -1 for none)", func(c *Config) *int { return &c.AccessLog }),
 }
 
@@ -262,6 +270,7 @@ func ParseConfig(args []string, getenv func(string) string, usage func(*flag.Fla
 			}
 		}
 	}
+	c.otelFrom(getenv)
 	return c, c.Validate()
 }
 
@@ -338,6 +347,8 @@ func (c *Config) Validate() error {
 	c.LogAge = cmp.Or(c.LogAge, 7*24*time.Hour)
 	c.LogSize = cmp.Or(c.LogSize, 200)
 	c.AccessLog = cmp.Or(c.AccessLog, 1000)
+	def(&c.OTLPSample, "0.01")
+	c.OTLPInterval = cmp.Or(c.OTLPInterval, time.Minute)
 	def(&c.DefaultAccess, "public")
 	if c.BuildTimeout == 0 {
 		c.BuildTimeout = 15 * time.Minute
@@ -399,6 +410,11 @@ func (c *Config) Validate() error {
 	if v := c.vulnDB(); v != "off" {
 		if _, err := advisory.Open(v); err != nil {
 			bad("go-vuln-db: %v", err)
+		}
+	}
+	if c.OTLPEndpoint != "" {
+		if err := c.otlp("", "", nil).Validate(); err != nil {
+			bad("otlp-endpoint, otlp-sample: %v", err)
 		}
 	}
 	if got := c.trustedProxies(); len(got) != len(fields(c.TrustedProxies)) {

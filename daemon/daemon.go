@@ -28,6 +28,7 @@ import (
 	"github.com/m3o/m3o/router"
 	"github.com/m3o/m3o/runtime"
 	"github.com/m3o/m3o/store"
+	"github.com/m3o/m3o/telemetry"
 )
 
 // A Daemon is one installation's control plane. Make it with New; Run serves.
@@ -70,7 +71,9 @@ type Daemon struct {
 	links     *store.Bucket[link]
 	linksMu   sync.Mutex // orders what the driver is told of links
 	peers     *peers
-	metrics   net.Listener // nil where nobody wants them
+	metrics   net.Listener      // nil where nobody wants them
+	telemetry *telemetry.Sender // nil where nothing is sent
+	traces    deployTraces
 	uploads   uploads
 	hooks     *deployHooks
 	bus       *events.Bus
@@ -168,6 +171,10 @@ func New(ctx context.Context, cfg Config, version string, log *slog.Logger) (_ *
 	if err := d.listenMetrics(ctx); err != nil {
 		return nil, err
 	}
+	if d.telemetry, err = openTelemetry(cfg, "m3od", version, log); err != nil {
+		return nil, err
+	}
+	d.traces.to = d.telemetry
 	if err := os.Remove(d.apiSocket()); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return nil, fmt.Errorf("remove stale API socket: %w", err)
 	}
@@ -233,6 +240,7 @@ func (d *Daemon) Run(ctx context.Context, ready func(Ready)) error {
 	s.Add("sleepers", d.followAsks)
 	s.Add("load", d.followLoad)
 	s.Add("metrics", d.serveMetrics)
+	s.Add("telemetry", d.runTelemetry)
 	s.Add("builder", d.builder.Run)
 	s.Add("background", func(ctx context.Context) error {
 		<-ctx.Done()

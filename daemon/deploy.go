@@ -119,6 +119,7 @@ func (d *Daemon) push(ctx context.Context, turn *turn, src m3o.Source, w io.Writ
 	if err != nil {
 		return nil, d.failDeploy(ctx, dep.ID, d.endBuild(ctx, bld, err))
 	}
+	d.traces.receive(dep.ID, began)
 	d.deployHappened(ctx, deployStarted, dep, m3o.Release{})
 	both := &tee{pusher: w, log: io.MultiWriter(logFile, d.logs.lines(src.App, sourceBuild))}
 	fail := func(err error) (*deployment, error) {
@@ -387,6 +388,7 @@ func (d *Daemon) advance(ctx context.Context, id string, e release.Event, change
 		d.onStep(dep.App, dep.Status)
 	}
 	if err == nil {
+		d.traces.end(dep)
 		d.tellDeploy(dep)
 	}
 	return dep, err
@@ -464,6 +466,7 @@ func (d *Daemon) start(ctx context.Context, rel m3o.Release, out output) ([]m3o.
 			return nil, fmt.Errorf("start %s: %w", name, err)
 		}
 	}
+	d.traces.start(rel.App, rel.Version)
 	var ready []m3o.Instance
 	for _, name := range names {
 		n := replicas(rel.Processes[name])

@@ -15,37 +15,51 @@ import (
 	"github.com/m3o/m3o"
 	"github.com/m3o/m3o/router"
 	"github.com/m3o/m3o/runtime"
+	"github.com/m3o/m3o/telemetry"
 )
 
 // exposition collects metrics in Prometheus's text format, version 0.0.4:
 // https://prometheus.io/docs/instrumenting/exposition_formats/. Everything is
 // read when it is asked for, so nothing is counted twice.
-type exposition struct{ b bytes.Buffer }
+type exposition struct{ families []telemetry.Family }
 
 // family begins a metric; its samples follow.
 func (e *exposition) family(name, kind, help string) {
-	fmt.Fprintf(&e.b, "# HELP %s %s\n# TYPE %s %s\n", name, help, name, kind)
+	e.families = append(e.families, telemetry.Family{Name: name, Kind: kind, Help: help})
+}
+
+// sample adds one value; labels are names and values in turn.
+func (e *exposition) sample(name string, value float64, labels ...string) {
+	f := &e.families[len(e.families)-1]
+	f.Samples = append(f.Samples, telemetry.Sample{Name: name, Value: value, Labels: labels})
 }
 
 var labelValue = strings.NewReplacer(`\`, `\\`, "\n", `\n`, `"`, `\"`)
 
-// sample adds one value; labels are names and values in turn.
-func (e *exposition) sample(name string, value float64, labels ...string) {
-	e.b.WriteString(name)
-	for i := 0; i < len(labels); i += 2 {
-		sep := byte(',')
-		if i == 0 {
-			sep = '{'
+// text is the exposition as Prometheus reads it.
+func (e *exposition) text() []byte {
+	var b bytes.Buffer
+	for _, f := range e.families {
+		fmt.Fprintf(&b, "# HELP %s %s\n# TYPE %s %s\n", f.Name, f.Help, f.Name, f.Kind)
+		for _, s := range f.Samples {
+			b.WriteString(s.Name)
+			for i := 0; i < len(s.Labels); i += 2 {
+				sep := byte(',')
+				if i == 0 {
+					sep = '{'
+				}
+				b.WriteByte(sep)
+				fmt.Fprintf(&b, `%s="%s"`, s.Labels[i], labelValue.Replace(s.Labels[i+1]))
+			}
+			if len(s.Labels) > 0 {
+				b.WriteByte('}')
+			}
+			b.WriteByte(' ')
+			b.WriteString(strconv.FormatFloat(s.Value, 'g', -1, 64))
+			b.WriteByte('\n')
 		}
-		e.b.WriteByte(sep)
-		fmt.Fprintf(&e.b, `%s="%s"`, labels[i], labelValue.Replace(labels[i+1]))
 	}
-	if len(labels) > 0 {
-		e.b.WriteByte('}')
-	}
-	e.b.WriteByte(' ')
-	e.b.WriteString(strconv.FormatFloat(value, 'g', -1, 64))
-	e.b.WriteByte('\n')
+	return b.Bytes()
 }
 
 // serveMetrics serves GET /metrics on an address of its own, without
@@ -62,7 +76,7 @@ func (d *Daemon) serveMetrics(ctx context.Context) error {
 		var e exposition
 		d.expose(rctx, &e)
 		w.Header().Set("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
-		_, _ = w.Write(e.b.Bytes())
+		_, _ = w.Write(e.text())
 	})
 	srv := &http.Server{Handler: mux, ReadHeaderTimeout: 10 * time.Second, WriteTimeout: time.Minute}
 	stop := context.AfterFunc(ctx, func() { _ = srv.Close() })

@@ -59,14 +59,26 @@ func RunRouter(ctx context.Context, cfg Config, version string, log *slog.Logger
 		inside = &router.Inside{HTTP: socks["internal"], Names: &discovery.Names{UDP: names, TCP: socks["names"], Gateway: at.Addr().Unmap(),
 			Upstreams: discovery.HostServers("/etc/resolv.conf"), Log: log}}
 	}
-	r, err := router.New(router.Config{HTTP: socks["http"], HTTPS: socks["https"], Control: socks["control"], Inside: inside, State: cfg.path("router", "table.json"),
+	traces, err := openTelemetry(cfg, "m3o-router", version, log)
+	if err != nil {
+		return err
+	}
+	r, err := router.New(router.Config{Traces: traces, HTTP: socks["http"], HTTPS: socks["https"], Control: socks["control"], Inside: inside, State: cfg.path("router", "table.json"),
 		CA: cfg.path("ca"), Certs: cfg.path("router", "certs"), OnDemand: cfg.ACME(), Gateway: gateway.New(gateway.Config{Log: log}), Version: routerVersion(cfg, version), Log: log,
 		TrustedProxies: cfg.trustedProxies(), ProxyProtocol: cfg.ProxyProtocol})
 	if err != nil {
 		return err
 	}
 	router.Tune()
-	return r.Run(ctx)
+	if traces == nil {
+		return r.Run(ctx)
+	}
+	sending, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	done := make(chan error, 1)
+	go func() { done <- traces.Run(sending) }()
+	err = r.Run(ctx)
+	cancel() // after the last request, whose spans are sent, too
+	return errors.Join(err, <-done)
 }
 
 // startRouter makes sure that a router runs: the one that outlived an earlier
@@ -135,6 +147,9 @@ func (d *Daemon) spawnRouter(ctx context.Context, from map[string]*os.File) (err
 	}
 	args := []string{"router", "--data", d.cfg.Data, "--domain", d.cfg.Domain, "--log-level", d.cfg.LogLevel,
 		"--runtime", d.cfg.Runtime, "--name", d.cfg.Name, "--http", d.cfg.HTTP, "--https", d.cfg.HTTPS, "--trusted-proxies", d.cfg.TrustedProxies, "--proxy-protocol=" + strconv.FormatBool(d.cfg.ProxyProtocol)}
+	if d.cfg.OTLPEndpoint != "" {
+		args = append(args, "--otlp-endpoint", d.cfg.OTLPEndpoint, "--otlp-sample", d.cfg.OTLPSample)
+	}
 	if d.cfg.ACME() {
 		args = append(args, "--acme-email", d.cfg.ACMEEmail, "--acme-ca", d.cfg.ACMECA)
 	}

@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 
 	"google.golang.org/grpc"
@@ -18,6 +19,8 @@ import (
 
 	"github.com/m3o/m3o/gateway"
 	"github.com/m3o/m3o/router"
+	"github.com/m3o/m3o/telemetry"
+	"github.com/m3o/m3o/telemetry/collector"
 )
 
 // The daemon hands the one to the other: here it is seen that they fit.
@@ -27,8 +30,12 @@ type greeter struct {
 	testpb.UnimplementedTestServiceServer
 }
 
+// traceparents are what greeter was called with.
+var traceparents sync.Map
+
 func (greeter) UnaryCall(ctx context.Context, in *testpb.SimpleRequest) (*testpb.SimpleResponse, error) {
 	md, _ := metadata.FromIncomingContext(ctx)
+	traceparents.Store(strings.Join(md.Get("traceparent"), " "), true)
 	return &testpb.SimpleResponse{
 		Username: strings.Join(append(md.Get("x-forwarded-for"), md.Get("x-forwarded-proto")...), " "),
 		Payload:  in.Payload,
@@ -64,7 +71,12 @@ func TestJSONThroughRouterAndGateway(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	rt, err := router.New(router.Config{HTTP: front, State: filepath.Join(dir, "table"), Gateway: gateway.New(gateway.Config{})})
+	c := collector.New(t)
+	traces, err := telemetry.New(telemetry.Config{Endpoint: c.URL, Sample: 1})
+	if err != nil {
+		t.Fatal(err)
+	}
+	rt, err := router.New(router.Config{Traces: traces, HTTP: front, State: filepath.Join(dir, "table"), Gateway: gateway.New(gateway.Config{})})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -129,6 +141,31 @@ func TestJSONThroughRouterAndGateway(t *testing.T) {
 	if s := rt.Status(); s.Apps["shop"].InFlight != 0 || s.Apps["gone"].Failures == 0 {
 		t.Errorf("%+v", s.Apps)
 	}
+	t.Run("the spans of a call lead through the gateway to the instance", func(t *testing.T) {
+		ctx, cancel := context.WithCancel(context.Background())
+		cancel()
+		if err := traces.Run(ctx); err != nil { // sends what there is
+			t.Fatal(err)
+		}
+		calls := 0
+		for _, s := range c.Spans("") {
+			if s.Attrs["url.path"] == "" || s.Attrs["m3o.app"] != "shop" || s.Attrs["http.response.status_code"] != "200" {
+				continue
+			}
+			calls++
+			all := c.Spans(s.Trace)
+			if len(all) != 3 || all[1].Name != "gateway" || all[1].Parent != s.ID || all[2].Parent != all[1].ID || all[2].Name != "grpc.testing.TestService/UnaryCall" || s.Name != all[2].Name {
+				t.Errorf("spans: %+v", all)
+				continue
+			}
+			if _, ok := traceparents.Load("00-" + s.Trace + "-" + all[2].ID + "-01"); !ok {
+				t.Errorf("the instance was not told of span %s", all[2].ID)
+			}
+		}
+		if calls != 12 {
+			t.Errorf("%d calls have spans, want 12", calls)
+		}
+	})
 	t.Run("a rule for a method holds on every path to it", func(t *testing.T) {
 		if _, err := rt.Put(router.Table{Domain: "localhost", Hosts: []router.Host{
 			{Name: "shop.localhost", App: "shop", Release: 1, Protocol: router.GRPC, Endpoints: []string{ln.Addr().String()}, Descriptors: schema,

@@ -291,6 +291,9 @@ func (g gatewayWay) RoundTrip(out *http.Request) (*http.Response, error) {
 	if out.ContentLength < 0 && q.body != nil && q.r.ProtoMajor == 1 {
 		q.rec.body = q.body // sent as it comes
 	}
+	if q.traced != nil && q.traced.sent.IsZero() {
+		q.traced.sent = time.Now()
+	}
 	for {
 		var with context.Context = cutContext{ctx, q.call.ep.cut}
 		if upgraded {

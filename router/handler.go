@@ -30,6 +30,7 @@ type request struct {
 	inside bool        // an app calls, which a link lets in
 	why    string      // why the router answered in the app's stead
 	body   *clientBody // the client's body where another goroutine reads it, else nil
+	traced *traced     // nil when nobody is sent its spans
 
 	toCanary bool // host is the canary of the one that was found
 }
@@ -94,6 +95,7 @@ func (q *request) relay(rest string) {
 	a := q.host.app
 	a.requests.Add(1)
 	a.inflight.Add(1)
+	q.follow()
 	defer func() {
 		q.record(began, broken)
 		if q.rec.body != nil { // else nobody reads it but the handler
@@ -110,6 +112,9 @@ func (q *request) relay(rest string) {
 			q.failed("no endpoint", err)
 			problemOf(err, q.host.App).write(q.w, q.r)
 		} else {
+			if q.traced != nil {
+				q.traced.sent = time.Now()
+			}
 			q.serve(rest)
 		}
 	}
@@ -146,6 +151,9 @@ func (q *request) serve(rest string) {
 // forGateway makes the request what a Gateway is to see.
 func (q *request) forGateway() {
 	q.claim(q.r.Header)
+	if q.traced != nil {
+		q.traced.gateway, q.traced.sent = q.traced.sent, time.Time{}
+	}
 	if q.r.ContentLength != 0 {
 		q.r.Body = q.shareBody()
 	}

@@ -207,6 +207,9 @@ func (q *request) record(began time.Time, broken bool) {
 	q.judge(&x)
 	q.host.app.stats.add(&x)
 	q.rt.tails.send(&x)
+	if q.traced != nil {
+		q.spans(&x)
+	}
 }
 
 // protocol says in which protocol a request was made, for which method and how

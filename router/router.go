@@ -31,6 +31,7 @@ import (
 	"github.com/m3o/m3o"
 	"github.com/m3o/m3o/discovery"
 	"github.com/m3o/m3o/internal/atomicfile"
+	"github.com/m3o/m3o/telemetry"
 )
 
 // A Gateway answers requests that are not gRPC for apps that speak nothing
@@ -62,14 +63,15 @@ const (
 
 // Config is what New needs. Only State and one of HTTP and HTTPS must be set.
 type Config struct {
-	HTTP, HTTPS net.Listener // either may be nil; Run closes them
-	Control     net.Listener // the daemon's unix socket; nil for none; Run closes it
-	Inside      *Inside      // calls of apps to each other; nil for none
-	State       string       // file of the last good table; its directory must exist
-	CA          string       // directory of the internal CA (NewCA); needed with HTTPS
-	Certs       string       // directory of installed certificates; "" keeps them in memory only
-	OnDemand    bool         // a host without a certificate is told by Wanted before the internal CA signs for it
-	Gateway     Gateway      // nil: JSON for gRPC apps is answered 501
+	HTTP, HTTPS net.Listener      // either may be nil; Run closes them
+	Control     net.Listener      // the daemon's unix socket; nil for none; Run closes it
+	Inside      *Inside           // calls of apps to each other; nil for none
+	Traces      *telemetry.Sender // takes requests' spans, and is run by whoever made it; nil for none
+	State       string            // file of the last good table; its directory must exist
+	CA          string            // directory of the internal CA (NewCA); needed with HTTPS
+	Certs       string            // directory of installed certificates; "" keeps them in memory only
+	OnDemand    bool              // a host without a certificate is told by Wanted before the internal CA signs for it
+	Gateway     Gateway           // nil: JSON for gRPC apps is answered 501
 	Plain       Plain
 	Version     string // of this binary, for Status
 	// TrustedProxies may say in X-Forwarded-For and X-Forwarded-Proto whom they
