@@ -46,6 +46,7 @@ var owners = map[string][]string{
 	"github.com/robfig/cron":             {"events/cron"},
 	"google.golang.org/grpc":             {"runtime", "gateway", "router", "buildpacks/build"},
 	"go.opentelemetry.io/":               {"telemetry"},
+	"github.com/quic-go/":                {"router"},
 	"google.golang.org/grpc/reflection/": {"gateway", "runtime"},
 }
 

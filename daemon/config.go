@@ -75,6 +75,7 @@ type Config struct {
 	Handover       time.Duration // how long requests may go on in a router that another version took over from
 	TrustedProxies string        // addresses or networks, by commas, that may say whom they speak for
 	ProxyProtocol  bool          // every connection begins with a PROXY head
+	HTTP3          bool          // HTTP/3 on the UDP port of HTTPS
 	ForgeCA        string        // file of certificates to believe of connected repositories, beside the system's
 }
 
@@ -201,6 +202,7 @@ var options = []option{
 	dur("handover", "how long requests may go on in the router that an upgrade replaced", func(c *Config) *time.Duration { return &c.Handover }),
 	str("trusted-proxies", "addresses or networks, by commas, of proxies before the router whose X-Forwarded-For and -Proto count", func(c *Config) *string { return &c.TrustedProxies }),
 	boolean("proxy-protocol", "every connection begins with a PROXY protocol head, version 1 or 2", func(c *Config) *bool { return &c.ProxyProtocol }),
+	boolean("http3", "serve HTTP/3 too, on the UDP port beside https", func(c *Config) *bool { return &c.HTTP3 }),
 	str("acme-email", "get certificates by ACME; the CA writes here, and its terms are agreed to (default: the internal CA only)", func(c *Config) *string { return &c.ACMEEmail }),
 	str("acme-ca", "directory URL of the ACME CA (default Let's Encrypt)", func(c *Config) *string { return &c.ACMECA }),
 	str("acme-dns", "file that says how to set DNS records of the domain, for a wildcard certificate", func(c *Config) *string { return &c.ACMEDNS }),
@@ -419,6 +421,9 @@ func (c *Config) Validate() error {
 	}
 	if got := c.trustedProxies(); len(got) != len(fields(c.TrustedProxies)) {
 		bad("trusted-proxies: %q is not a list of addresses and networks", c.TrustedProxies)
+	}
+	if c.HTTP3 && c.ProxyProtocol {
+		bad("http3: a proxy that speaks the PROXY protocol passes no UDP on; leave one of the two out")
 	}
 	if c.ACMECA != "" && !strings.HasPrefix(c.ACMECA, "https://") {
 		bad("acme-ca: %q is no https:// URL", c.ACMECA)

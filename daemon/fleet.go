@@ -116,7 +116,7 @@ func (f *fleet) Drain(ctx context.Context, app string, release int) (router.Drai
 // routerVersion is what a router is told apart by: its binary, and the
 // settings that it has from its start.
 func routerVersion(cfg Config, version string) string {
-	return fmt.Sprintf("%s http=%s https=%s acme=%t proxies=%s proxy-protocol=%t inside=%s/%s otlp=%s@%s", version, cfg.HTTP, cfg.HTTPS, cfg.ACME(), cfg.TrustedProxies, cfg.ProxyProtocol, cfg.Runtime, cfg.Name, cfg.OTLPEndpoint, cfg.OTLPSample)
+	return fmt.Sprintf("%s http=%s https=%s acme=%t proxies=%s proxy-protocol=%t http3=%t inside=%s/%s otlp=%s@%s", version, cfg.HTTP, cfg.HTTPS, cfg.ACME(), cfg.TrustedProxies, cfg.ProxyProtocol, cfg.HTTP3, cfg.Runtime, cfg.Name, cfg.OTLPEndpoint, cfg.OTLPSample)
 }
 
 // upgradeRouter has a new router take over from the one that runs, on the same

@@ -35,13 +35,16 @@ func (d *Daemon) controlSocket() string { return d.cfg.path("run", "router.sock"
 // good table until ctx ends, whatever the daemon does.
 func RunRouter(ctx context.Context, cfg Config, version string, log *slog.Logger) error {
 	socks := map[string]net.Listener{}
-	var names net.PacketConn
+	var names, h3 net.PacketConn
 	for i, name := range strings.Split(os.Getenv(socketNames), ":") {
 		f := os.NewFile(uintptr(firstFD+i), name)
 		var err error
-		if name == namesUDP {
+		switch name {
+		case namesUDP:
 			names, err = net.FilePacketConn(f)
-		} else {
+		case "http3":
+			h3, err = net.FilePacketConn(f)
+		default:
 			socks[name], err = net.FileListener(f)
 		}
 		_ = f.Close() // there is a copy of it
@@ -65,7 +68,7 @@ func RunRouter(ctx context.Context, cfg Config, version string, log *slog.Logger
 	}
 	r, err := router.New(router.Config{Traces: traces, HTTP: socks["http"], HTTPS: socks["https"], Control: socks["control"], Inside: inside, State: cfg.path("router", "table.json"),
 		CA: cfg.path("ca"), Certs: cfg.path("router", "certs"), OnDemand: cfg.ACME(), Gateway: gateway.New(gateway.Config{Log: log}), Version: routerVersion(cfg, version), Log: log,
-		TrustedProxies: cfg.trustedProxies(), ProxyProtocol: cfg.ProxyProtocol})
+		TrustedProxies: cfg.trustedProxies(), ProxyProtocol: cfg.ProxyProtocol, HTTP3: h3})
 	if err != nil {
 		return err
 	}
@@ -124,6 +127,11 @@ func (d *Daemon) spawnRouter(ctx context.Context, from map[string]*os.File) (err
 	if err := errors.Join(bind("tcp", "http", d.cfg.HTTP), bind("tcp", "https", d.cfg.HTTPS)); err != nil {
 		return err
 	}
+	if d.cfg.HTTP3 {
+		if err := bind("udp", "http3", d.cfg.HTTPS); err != nil {
+			return err
+		}
+	}
 	if err := bind("unix", "control", d.controlSocket()); err != nil {
 		return err
 	}
@@ -146,7 +154,7 @@ func (d *Daemon) spawnRouter(ctx context.Context, from map[string]*os.File) (err
 		return fmt.Errorf("find own binary: %w", err)
 	}
 	args := []string{"router", "--data", d.cfg.Data, "--domain", d.cfg.Domain, "--log-level", d.cfg.LogLevel,
-		"--runtime", d.cfg.Runtime, "--name", d.cfg.Name, "--http", d.cfg.HTTP, "--https", d.cfg.HTTPS, "--trusted-proxies", d.cfg.TrustedProxies, "--proxy-protocol=" + strconv.FormatBool(d.cfg.ProxyProtocol)}
+		"--runtime", d.cfg.Runtime, "--name", d.cfg.Name, "--http", d.cfg.HTTP, "--https", d.cfg.HTTPS, "--trusted-proxies", d.cfg.TrustedProxies, "--proxy-protocol=" + strconv.FormatBool(d.cfg.ProxyProtocol), "--http3=" + strconv.FormatBool(d.cfg.HTTP3)}
 	if d.cfg.OTLPEndpoint != "" {
 		args = append(args, "--otlp-endpoint", d.cfg.OTLPEndpoint, "--otlp-sample", d.cfg.OTLPSample)
 	}

@@ -92,6 +92,9 @@ func (q *request) relay(rest string) {
 	began, broken := time.Now(), true
 	q.rec.ResponseWriter, q.rec.clock, q.w = q.w, &q.rt.clock, &q.rec
 	q.rec.last = q.r.ProtoMajor == 1 && q.rt.retiring.Load()
+	if q.rt.altSvc != "" && q.r.TLS != nil && q.r.ProtoMajor < 3 && !q.rt.retiring.Load() {
+		q.rec.altSvc = q.rt.altSvc
+	}
 	a := q.host.app
 	a.requests.Add(1)
 	a.inflight.Add(1)

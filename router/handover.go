@@ -97,6 +97,9 @@ func (rt *Router) serveListeners(w http.ResponseWriter, _ *http.Request) {
 	if rt.cfg.HTTPS != nil {
 		add("https", rt.cfg.HTTPS)
 	}
+	if rt.cfg.HTTP3 != nil {
+		add("http3", rt.cfg.HTTP3)
+	}
 	if in := rt.cfg.Inside; in != nil {
 		add("internal", in.HTTP)
 		add("names", in.Names.TCP)
@@ -130,7 +133,7 @@ func withDescriptors(socks []any, fds []int, f func([]int) error) error {
 }
 
 // Listeners are copies of the router's listening sockets by name: http, https
-// and, with Inside, internal, names and names-udp. The caller closes them.
+// http3 when it has it, and, with Inside, internal, names and names-udp. The caller closes them.
 func (c Client) Listeners(ctx context.Context) (map[string]*os.File, error) {
 	fail := func(err error) error {
 		return &m3o.Error{Kind: m3o.Unavailable, Msg: "the router does not hand over its sockets", Hint: "stop it, then start m3od again", Err: err}

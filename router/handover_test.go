@@ -35,6 +35,13 @@ func (f *fixture) successor(t *testing.T) *fixture {
 		return ln
 	}
 	h, s := ln("http"), ln("https")
+	var h3 net.PacketConn
+	if files["http3"] != nil {
+		if h3, err = net.FilePacketConn(files["http3"]); err != nil {
+			t.Fatal(err)
+		}
+		_ = files["http3"].Close()
+	}
 	var inside *Inside
 	if f.rt.cfg.Inside != nil {
 		udp, err := net.FilePacketConn(files["names-udp"])
@@ -50,7 +57,7 @@ func (f *fixture) successor(t *testing.T) *fixture {
 		c.Inside = inside
 		_ = c.HTTP.Close()
 		_ = c.HTTPS.Close()
-		c.HTTP, c.HTTPS = h, s
+		c.HTTP, c.HTTPS, c.HTTP3 = h, s, h3
 		c.State, c.CA = f.state, filepath.Join(filepath.Dir(f.state), "ca")
 	})
 }

@@ -60,26 +60,36 @@ func (g *gate) enter(c net.Conn) net.Conn {
 		return c
 	}
 	ip, _, _ := net.SplitHostPort(c.RemoteAddr().String())
+	back := g.take(ip)
+	if back == nil {
+		_ = c.Close()
+		return nil
+	}
+	gc := &gateConn{TCPConn: tc, back: back}
+	if g.behind != nil {
+		return &proxied{Conn: gc, limit: g.behind.limit}
+	}
+	return gc
+}
+
+// take takes a place for an address and says how to give it back; nil when
+// there is none.
+func (g *gate) take(ip string) (back func()) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	if g.behind != nil && !g.behind.trusted(ip) || g.behind == nil && g.count[ip] >= g.perIP {
-		_ = c.Close()
 		return nil
 	}
 	g.count[ip]++
 	g.total++
-	gc := &gateConn{TCPConn: tc, back: func() {
+	return func() {
 		g.mu.Lock()
 		defer g.mu.Unlock()
 		g.total--
 		if g.count[ip]--; g.count[ip] == 0 {
 			delete(g.count, ip)
 		}
-	}}
-	if g.behind != nil {
-		return &proxied{Conn: gc, limit: g.behind.limit}
 	}
-	return gc
 }
 
 // plainListener guards what it accepts.

@@ -68,6 +68,7 @@ type recorder struct {
 	body   *clientBody // of an HTTP/1.1 request that is read beside the answer
 	call   rpcNote
 	cookie string // to set on the answer, "" for none
+	altSvc string // to set on the answer, "" for none
 	clock  *clock
 }
 
@@ -117,6 +118,9 @@ func (c *recorder) begin(status int) {
 		if _, ok := h["Date"]; !ok {
 			h["Date"] = c.clock.date()
 		}
+	}
+	if c.altSvc != "" && c.Header()["Alt-Svc"] == nil {
+		c.Header()["Alt-Svc"] = []string{c.altSvc}
 	}
 	if c.cookie != "" {
 		h := c.Header()

@@ -64,6 +64,7 @@ const (
 // Config is what New needs. Only State and one of HTTP and HTTPS must be set.
 type Config struct {
 	HTTP, HTTPS net.Listener      // either may be nil; Run closes them
+	HTTP3       net.PacketConn    // for HTTP/3 beside HTTPS, of the same certificates; nil for none
 	Control     net.Listener      // the daemon's unix socket; nil for none; Run closes it
 	Inside      *Inside           // calls of apps to each other; nil for none
 	Traces      *telemetry.Sender // takes requests' spans, and is run by whoever made it; nil for none
@@ -142,6 +143,8 @@ type Router struct {
 	log    *slog.Logger
 	certs  *certs
 
+	altSvc string // header that tells of HTTP/3, "" without
+
 	retireOnce sync.Once
 	retire     chan retirement
 	retiring   atomic.Bool
@@ -185,6 +188,7 @@ func New(cfg Config) (*Router, error) {
 	}
 	rt := &Router{retire: make(chan retirement, 1), cfg: cfg, limits: cfg.Limits.withDefaults(), log: cfg.Log, started: time.Now(),
 		retired: map[releaseID][]*endpoint{}, endpoints: map[endpointID]*endpoint{}, apps: map[string]*app{}, limiter: newLimiter()}
+	rt.altSvc = altSvc(cfg.HTTP3)
 	if cfg.State == "" {
 		return nil, m3o.Errorf(m3o.Invalid, "router needs a file for its table")
 	}
@@ -469,6 +473,12 @@ func (rt *Router) Run(ctx context.Context) error {
 		start("accept https", ln.run)
 		start("serve https", func() error { return srv.Serve(ln) })
 	}
+	var h3 *h3Server
+	if rt.cfg.HTTP3 != nil && rt.certs != nil {
+		h3 = rt.newH3(rt.cfg.HTTP3, gate)
+		stopAccepting = append(stopAccepting, h3.end)
+		start("serve http/3", func() error { return h3.run(&tls.Config{GetCertificate: rt.certs.get, MinVersion: tls.VersionTLS13}) })
+	}
 	if in := rt.cfg.Inside; in != nil {
 		ln := &plainListener{Listener: in.HTTP, gate: inside, lim: rt.limits}
 		lns = append(lns, ln)
@@ -501,6 +511,9 @@ func (rt *Router) Run(ctx context.Context) error {
 		_ = control.Close() // its requests end with serve
 	}
 	rt.shutdown(ctx, srvs, lns)
+	if h3 != nil {
+		h3.end()
+	}
 	wg.Wait()
 	rt.closeIdle()
 	rt.saveQuotas()
