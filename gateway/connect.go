@@ -353,6 +353,7 @@ func (c *framedCall) types() *dynamicpb.Types {
 // readBody reads a whole body of at most most bytes.
 func readBody(w http.ResponseWriter, r *http.Request, most int) ([]byte, error) {
 	if r.ContentLength > int64(most) {
+		spill(r, r.Body)
 		return nil, tooLarge(most)
 	}
 	src := http.MaxBytesReader(w, r.Body, int64(most))
@@ -365,7 +366,22 @@ func readBody(w http.ResponseWriter, r *http.Request, most int) ([]byte, error) 
 	}
 	b, err := io.ReadAll(src)
 	if err != nil {
+		if _, ok := errors.AsType[*http.MaxBytesError](err); ok {
+			spill(r, r.Body)
+		}
 		return nil, bodyReadError(err, most)
 	}
 	return b, nil
+}
+
+// spillMost is what is read of a refused body for the sake of its sender.
+const spillMost = 1 << 20
+
+// spill reads off what a client may still be sending of a body that is refused.
+// Over HTTP/1.1 a server that answers and closes at once resets the connection
+// under it, and many clients then lose the answer.
+func spill(r *http.Request, body io.Reader) {
+	if r.ProtoMajor == 1 && r.Header.Get("Expect") == "" {
+		_, _ = io.CopyN(io.Discard, body, spillMost)
+	}
 }

@@ -127,7 +127,7 @@ func (c *framedCall) relay(path string, up http.RoundTripper) error {
 	used, accepted := c.encodingHeaders()
 	enc := encodingOf(c.r.Header.Get(used))
 	c.zips = acceptsGzip(c.r.Header.Get(accepted))
-	body := &requestBody{src: c.r.Body, most: c.g.max, zip: enc}
+	body := &requestBody{of: c.r, src: c.r.Body, most: c.g.max, zip: enc}
 	// Where the client sends one message, all of it is read first: then another
 	// instance can be tried, and HTTP/1.1 needs no reading while it is answered.
 	streams := c.m == nil || c.m.desc.IsStreamingClient()

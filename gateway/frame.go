@@ -139,6 +139,7 @@ func gunzip(msg []byte, most int) ([]byte, error) {
 // or turned one by one. It remembers what was wrong with them, which says more
 // than the reset stream the app sees.
 type requestBody struct {
+	of    *http.Request // nil for none
 	src   io.Reader
 	most  int
 	turn  func(flags byte, msg []byte) ([]byte, error) // nil passes the bytes on
@@ -166,6 +167,13 @@ func (b *requestBody) fail(err error) error {
 	return err
 }
 
+// spill reads on after a message that was refused for its size.
+func (b *requestBody) spill(err error) {
+	if p, ok := errors.AsType[*problem](err); ok && p.http == http.StatusRequestEntityTooLarge && b.of != nil {
+		spill(b.of, b.src)
+	}
+}
+
 func (b *requestBody) Close() error { return nil } // the server closes the client's body
 
 func (b *requestBody) Read(p []byte) (int, error) {
@@ -176,6 +184,7 @@ func (b *requestBody) Read(p []byte) (int, error) {
 	n, err := b.src.Read(p)
 	if n > 0 {
 		if err := b.track.pass(p[:n], b.check); err != nil {
+			b.spill(err)
 			return 0, b.fail(err)
 		}
 	}
@@ -221,7 +230,9 @@ func (b *requestBody) readTurned(p []byte) (int, error) {
 		case errors.Is(err, io.ErrUnexpectedEOF):
 			return 0, b.fail(invalid("the request ends within a message"))
 		case errors.Is(err, errTooLarge):
-			return 0, b.fail(tooLarge(b.most))
+			err = tooLarge(b.most)
+			b.spill(err)
+			return 0, b.fail(err)
 		case err != nil:
 			return 0, b.fail(bodyError(err))
 		}
