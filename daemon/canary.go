@@ -166,7 +166,9 @@ func (d *Daemon) dropCanary(ctx context.Context, app string) error {
 // retireCanary drains and stops a canary in the background, unless it has
 // become the canary again meanwhile.
 func (d *Daemon) retireCanary(app string, version int) {
+	gone := d.leaving.begin(app, version)
 	d.background(func(ctx context.Context) {
+		defer gone()
 		rel, err := d.ledger.Release(ctx, app, version)
 		if err != nil {
 			d.log.Error("retire canary", "app", app, "release", version, "err", err)
@@ -178,7 +180,7 @@ func (d *Daemon) retireCanary(app string, version int) {
 			return // the next start of the daemon stops what is not live
 		}
 		defer unlock()
-		if d.routes.canaryOf(app).Version != version {
+		if d.routes.canaryOf(app).Version != version && !d.routes.isWoken(app, version) {
 			d.discard(ctx, rel)
 		}
 	})

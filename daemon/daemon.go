@@ -60,6 +60,7 @@ type Daemon struct {
 	domainsMu sync.Mutex // orders changes of domains
 	trees     source.Cache
 	lanes     lanes
+	leaving   leaving
 	shapes    shapes
 	usages    usages
 	repos     *repos

@@ -368,6 +368,9 @@ func (d *Daemon) tellKept(ctx context.Context, app string) {
 	versions := make([]int, len(kept))
 	for i, rel := range kept {
 		versions[i] = rel.Version
+		if t, ok := d.knownTraits(rel); ok {
+			d.routes.setTraits(app, rel.Version, t)
+		}
 	}
 	d.routes.setKept(app, versions)
 }
@@ -604,7 +607,9 @@ func (d *Daemon) retire(app string, version int) {
 	if version == 0 {
 		return
 	}
+	gone := d.leaving.begin(app, version)
 	d.background(func(ctx context.Context) {
+		defer gone()
 		rel, err := d.ledger.Release(ctx, app, version)
 		if err != nil {
 			d.log.Error("retire release", "app", app, "release", version, "err", err)

@@ -132,7 +132,9 @@ func (d *Daemon) startLive(ctx context.Context) error {
 		}
 	}
 	for r := range stale {
+		gone := d.leaving.begin(r.App, r.Release)
 		d.background(func(ctx context.Context) {
+			defer gone()
 			d.drain(ctx, r.App, r.Release)
 			if err := d.driver.Stop(ctx, r); err != nil {
 				d.log.Error("stop stale instances", "app", r.App, "release", r.Release, "err", err)

@@ -43,7 +43,8 @@ type routes struct {
 	mu        sync.Mutex // guards what follows
 	canaries  map[string]canary
 	live      map[string]int
-	kept      map[string][]int // releases a rollback offers, which have a host of their own
+	kept      map[string][]int        // releases a rollback offers, which have a host of their own
+	woken     map[string]map[int]bool // those of them that a request has started
 	hosts     map[string][]alias
 	modes     map[string]mode
 	rests     map[string]rest
@@ -90,7 +91,7 @@ type rest struct{ asleep, hold bool }
 func newRoutes(domain, api string, rt tables, log *slog.Logger) *routes {
 	return &routes{domain: domain, api: api, router: rt, log: log, told: func(_, _ m3o.Instance) {},
 		policy: func(string) *router.Policy { return nil }, canaries: map[string]canary{},
-		live: map[string]int{}, kept: map[string][]int{}, hosts: map[string][]alias{}, modes: map[string]mode{}, rests: map[string]rest{},
+		live: map[string]int{}, kept: map[string][]int{}, woken: map[string]map[int]bool{}, hosts: map[string][]alias{}, modes: map[string]mode{}, rests: map[string]rest{},
 		instances: map[string]m3o.Instance{}, byApp: map[string]map[string]bool{}, traits: map[appVersion]traits{},
 		dirty: map[string]bool{}, whole: true, held: true, changed: make(chan struct{}), wake: make(chan struct{}, 1)}
 }
@@ -153,6 +154,11 @@ func (r *routes) setTraits(app string, version int, t traits) {
 func (r *routes) setKept(app string, versions []int) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	for k := range r.traits {
+		if len(versions) > 0 && k.app == app && k.version < slices.Min(versions) && k.version != r.live[app] {
+			delete(r.traits, k)
+		}
+	}
 	r.kept[app] = versions
 	r.touch(app)
 }
@@ -171,6 +177,7 @@ func (r *routes) destroy(app string) {
 	defer r.mu.Unlock()
 	delete(r.live, app)
 	delete(r.kept, app)
+	delete(r.woken, app)
 	delete(r.hosts, app)
 	delete(r.modes, app)
 	delete(r.canaries, app)
@@ -345,7 +352,9 @@ func (r *routes) forget(app string, version int) {
 			r.remove(in)
 		}
 	}
-	delete(r.traits, appVersion{app, version})
+	if !slices.Contains(r.kept[app], version) { // else its host is spoken to as before
+		delete(r.traits, appVersion{app, version})
+	}
 }
 
 // rows are the rows of app that should be served now. The caller holds mu.
@@ -380,11 +389,17 @@ func (r *routes) rows(app string) []router.Host {
 		rows = append(rows, h)
 	}
 	for _, v := range r.kept[app] {
-		// Only the live release has endpoints here: a row that kept those of an
-		// old one would keep its requests from draining.
+		// An old release has endpoints here only once a request has woken it: a
+		// row that kept them would keep its requests from draining.
 		h := row(v, nil)
-		if v == version {
+		switch {
+		case v == version:
 			h.Endpoints, h.Asleep, h.Hold = eps, z.asleep, z.hold
+		case r.woken[app][v] || v == r.canaries[app].Version:
+			h.Endpoints = r.endpoints(app, v)
+			h.Asleep = len(h.Endpoints) == 0
+		default:
+			h.Asleep = true
 		}
 		h.Name, h.Kind = fmt.Sprintf("v%d--%s.%s", v, app, r.domain), router.KindRelease
 		rows = append(rows, h)

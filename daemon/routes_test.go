@@ -165,6 +165,54 @@ func TestLateEventDoesNotUndoANewerOne(t *testing.T) {
 	}
 }
 
+// The host of a release that is not live leads nowhere until a request has
+// woken the release, and again once that has been stopped or is crashing.
+func TestHostOfAKeptReleaseLeadsToItOnlyWhileItIsWoken(t *testing.T) {
+	r := newRoutes("localhost", "unix:/api", nil, nil)
+	now := time.Now()
+	r.setLive("hello", 2)
+	r.setTraits("hello", 1, traits{Protocol: router.H2C})
+	r.setKept("hello", []int{2, 1})
+	old := ready("hello", 1, "a", "198.18.0.1:8080", now)
+	r.know([]m3o.Instance{old, ready("hello", 2, "b", "198.18.0.2:8080", now)})
+	want := func(when, eps string, asleep bool) {
+		t.Helper()
+		tab := r.table()
+		if err := tab.Validate(); err != nil {
+			t.Errorf("%s: %v", when, err)
+		}
+		for _, h := range tab.Hosts {
+			if h.Name == "v1--hello.localhost" && (strings.Join(h.Endpoints, " ") != eps || h.Asleep != asleep || h.Protocol != router.H2C) {
+				t.Errorf("%s: %+v", when, h)
+			}
+			if h.Name == "hello.localhost" && (strings.Join(h.Endpoints, " ") != "198.18.0.2:8080" || h.Asleep) {
+				t.Errorf("%s the app is at %+v", when, h)
+			}
+		}
+	}
+	want("while it drains", "", true)
+	if !r.wakeOne("hello", 1, []m3o.Instance{old}) || r.wakeOne("hello", 1, []m3o.Instance{old}) {
+		t.Error("a release is woken once")
+	}
+	want("woken", "198.18.0.1:8080", false)
+	crashed := old
+	crashed.Phase, crashed.At = m3o.Exited, now.Add(time.Second)
+	r.know([]m3o.Instance{crashed})
+	want("crashed", "", true)
+	r.forget("hello", 1)
+	want("stopped", "", true)
+	r.restOne("hello", 1)
+	r.setCanary(canceled(t), "hello", canary{Version: 1, Percent: 5}) //nolint:errcheck // nobody takes the table
+	r.know([]m3o.Instance{ready("hello", 1, "c", "198.18.0.3:8080", now)})
+	want("as the canary", "198.18.0.3:8080", false)
+}
+
+func canceled(t *testing.T) context.Context {
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	return ctx
+}
+
 func TestOnlyWhatChangedIsSent(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		p := &puts{}

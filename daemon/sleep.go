@@ -49,20 +49,31 @@ func (d *Daemon) followAsks(ctx context.Context) error {
 	return nil
 }
 
-// wake starts a sleeping app, or tells the router why it does not start.
+// wake starts a sleeping app or, for "app@12", a kept release of one, or tells
+// the router why it does not start.
 func (d *Daemon) wake(ctx context.Context, app string) {
-	began := time.Now()
-	err := d.wakeUp(ctx, app)
+	began, name := time.Now(), app // name: as it was asked for
+	app, version := ownHost(name)
+	var err error
+	if version == 0 {
+		err = d.wakeUp(ctx, app)
+	} else {
+		err = d.wakeRelease(ctx, app, version)
+	}
 	if err == nil {
-		d.log.Info("app woken", "app", app, "took", time.Since(began).Round(time.Millisecond))
+		d.log.Info("app woken", "app", name, "took", time.Since(began).Round(time.Millisecond))
 		return
 	}
-	d.log.Warn("app cannot be woken", "app", app, "err", err)
+	d.log.Warn("app cannot be woken", "app", name, "err", err)
 	why := &m3o.Error{Kind: m3o.Unavailable, Msg: "app " + app + " was asleep and does not start: " + firstLine(userMessage(err)),
 		Hint: "m3o ps -a " + app + "; m3o logs -a " + app}
+	if version != 0 {
+		why.Msg = fmt.Sprintf("v%d of %s is kept but does not start: %s", version, app, firstLine(userMessage(err)))
+		why.Hint = fmt.Sprintf("m3o logs -a %s; m3o rollback v%d -a %s makes it live", app, version, app)
+	}
 	fctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
 	defer cancel()
-	if err := d.router.FailWake(fctx, app, why); err != nil {
+	if err := d.router.FailWake(fctx, name, why); err != nil {
 		d.log.Warn("tell the router of a failed wake", "app", app, "err", err)
 	}
 }

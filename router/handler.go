@@ -95,9 +95,13 @@ func (q *request) relay(rest string) {
 	if q.rt.altSvc != "" && q.r.TLS != nil && q.r.ProtoMajor < 3 && !q.rt.retiring.Load() {
 		q.rec.altSvc = q.rt.altSvc
 	}
-	a := q.host.app
+	a, own := q.host.app, q.host.own
 	a.requests.Add(1)
 	a.inflight.Add(1)
+	if own != nil {
+		own.requests.Add(1)
+		own.inflight.Add(1)
+	}
 	q.follow()
 	defer func() {
 		q.record(began, broken)
@@ -108,6 +112,9 @@ func (q *request) relay(rest string) {
 			q.call.done()
 		}
 		a.inflight.Add(-1)
+		if own != nil {
+			own.inflight.Add(-1)
+		}
 	}()
 	if q.admit(rest) {
 		q.divide()

@@ -152,10 +152,16 @@ func (rt *Router) newHost(row Host) *host {
 	h := &host{Host: row, grpc: row.Protocol == GRPC, h2: row.Protocol == GRPC || row.Protocol == H2C, sum: sumOf(&row),
 		api: &m3o.API{App: row.App, Release: row.Release, Schema: row.Descriptors, Origins: row.Origins, Strict: row.StrictJSON}}
 	if h.app = rt.apps[row.App]; h.app == nil {
-		h.app = &app{rows: map[int]int{}}
+		h.app = &app{rows: map[int]int{}, owns: map[int]*own{}}
 		rt.apps[row.App] = h.app
 	}
 	h.app.rows[row.Release]++
+	if row.Kind == KindRelease {
+		if h.own = h.app.owns[row.Release]; h.own == nil {
+			h.own = &own{}
+			h.app.owns[row.Release] = h.own
+		}
+	}
 	h.policy = compilePolicy(row.Policy)
 	h.pool = rt.pool(releaseID{row.App, row.Release}, row.Endpoints)
 	if c := row.Canary; c != nil {
@@ -193,6 +199,7 @@ func (rt *Router) drop(h *host) (gone []*endpoint) {
 	}
 	if h.app.rows[h.Release]--; h.app.rows[h.Release] == 0 {
 		delete(h.app.rows, h.Release)
+		delete(h.app.owns, h.Release)
 	}
 	if len(h.app.rows) == 0 {
 		delete(rt.apps, h.App)

@@ -23,6 +23,7 @@ type host struct {
 	api      *m3o.API  // for the gateway
 	policy   *compiled // nil: everybody may everything
 	canary   *host     // nil for none
+	own      *own      // nil for what is not a release's own host
 	sum      digest
 }
 
@@ -32,10 +33,14 @@ type app struct {
 	stats                        stats
 	held                         atomic.Int64 // requests that wait while it is paused
 	rows                         map[int]int  // how many rows each of its releases has; guarded by Router.mu
+	owns                         map[int]*own // of the releases that have a host of their own; guarded by Router.mu
 
 	mu      sync.Mutex    // guards changed
 	changed chan struct{} // closed when one of its rows changes; nil while nobody waits
 }
+
+// own counts the requests for a release's own host, over all tables that have it.
+type own struct{ requests, inflight atomic.Int64 }
 
 // next is closed when a row of the app changes.
 func (a *app) next() <-chan struct{} {

@@ -413,6 +413,9 @@ type AppStatus struct {
 	Requests int64 `json:"requests"` // begun
 	Failures int64 `json:"failures"` // answered or ended by the router in the app's stead
 	InFlight int64 `json:"in_flight"`
+	// Releases has the same of the hosts of single releases that were asked
+	// for, but for Failures.
+	Releases map[int]AppStatus `json:"releases,omitempty"`
 }
 
 // Status is safe to call at any time.
@@ -427,7 +430,16 @@ func (rt *Router) Status() Status {
 	defer rt.mu.Unlock()
 	for name, a := range rt.apps {
 		if name != "" {
-			s.Apps[name] = AppStatus{a.requests.Load(), a.failures.Load(), a.inflight.Load()}
+			st := AppStatus{Requests: a.requests.Load(), Failures: a.failures.Load(), InFlight: a.inflight.Load()}
+			for n, o := range a.owns {
+				if r := o.requests.Load(); r > 0 {
+					if st.Releases == nil {
+						st.Releases = map[int]AppStatus{}
+					}
+					st.Releases[n] = AppStatus{Requests: r, InFlight: o.inflight.Load()}
+				}
+			}
+			s.Apps[name] = st
 		}
 	}
 	return s

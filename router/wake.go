@@ -125,12 +125,12 @@ func (l *lobby) asks(seen map[*waiting]bool) (apps []string, more <-chan struct{
 
 // wait holds the request until its app has an instance.
 func (q *request) wait() error {
-	app := q.host.App
-	w, err := q.rt.lobby.enter(app, q.host.Asleep)
+	app, key := q.host.App, q.host.wakes()
+	w, err := q.rt.lobby.enter(key, q.host.Asleep)
 	if err != nil {
 		return err
 	}
-	defer q.rt.lobby.leave(app, w)
+	defer q.rt.lobby.leave(key, w)
 	late := time.NewTimer(maxWait)
 	defer late.Stop()
 	for {
@@ -158,6 +158,15 @@ func (q *request) wait() error {
 			return q.r.Context().Err()
 		}
 	}
+}
+
+// wakes is what the daemon is asked to start for the host: the app or, at a
+// release's own host, "app@12".
+func (h *Host) wakes() string {
+	if h.Kind == KindRelease {
+		return fmt.Sprintf("%s@%d", h.App, h.Release)
+	}
+	return h.App
 }
 
 // waits says that requests wait while the host has no endpoint.
@@ -191,8 +200,9 @@ func (rt *Router) serveAsks(w http.ResponseWriter, r *http.Request) {
 func (rt *Router) FailWake(app string, err error) { rt.lobby.fail(app, err) }
 
 // Asks yields an app each time a request has come for it while it is asleep,
-// until ctx ends: once for all requests that wait together. The table with the
-// app's endpoints is the answer, or FailWake. An error is the last thing it
+// until ctx ends: once for all requests that wait together; "app@12" for the
+// host of release 12 alone. The table with the endpoints is the answer, or
+// FailWake of the same name. An error is the last thing it
 // yields.
 func (c Client) Asks(ctx context.Context) iter.Seq2[string, error] {
 	return func(yield func(string, error) bool) {

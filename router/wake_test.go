@@ -80,6 +80,46 @@ func TestFirstRequestsOfASleepingAppWaitForOneWake(t *testing.T) {
 	}
 }
 
+// A release's own host waits for an instance of that release, whatever the app does.
+func TestReleaseIsAskedForByItsOwnHost(t *testing.T) {
+	f := start(t)
+	addr, _ := backend(t, http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { _, _ = io.WriteString(w, "old") }))
+	own := Host{Name: "v1--nap.localhost", Kind: KindRelease, App: "nap", Release: 1, Asleep: true}
+	f.put(t, asleep(appHost("nap", 2, HTTP1, addr)), own)
+	asks := f.asked(t)
+	get := func() <-chan string {
+		got := make(chan string, 1)
+		go func() {
+			res, body := do(t, f.web(t, false), request1(t, "GET", "http://v1--nap.localhost/", nil))
+			got <- fmt.Sprint(res.StatusCode, " ", body)
+		}()
+		return got
+	}
+	failed := get()
+	if app := <-asks; app != "nap@1" {
+		t.Errorf("asked for %q", app)
+	}
+	if err := f.client.FailWake(t.Context(), "nap@1", errors.New("it broke")); err != nil {
+		t.Fatal(err)
+	}
+	if got := <-failed; !strings.HasPrefix(got, "503 ") || !strings.Contains(got, "it broke") {
+		t.Errorf("after a failed wake: %s", got)
+	}
+	served := get()
+	if app := <-asks; app != "nap@1" {
+		t.Errorf("asked for %q", app)
+	}
+	own.Asleep, own.Endpoints = false, []string{addr}
+	f.put(t, asleep(appHost("nap", 2, HTTP1, addr)), own)
+	if got := <-served; got != "200 old" {
+		t.Errorf("once it runs: %s", got)
+	}
+	wait(t, "the requests of the release are counted apart", func() bool {
+		st := f.rt.Status().Apps["nap"]
+		return st.Requests == 2 && st.InFlight == 0 && st.Releases[1].Requests == 2 && st.Releases[1].InFlight == 0
+	})
+}
+
 func TestAskIsRepeatedToADaemonThatCameBack(t *testing.T) {
 	f := start(t)
 	addr, _ := backend(t, http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {}))

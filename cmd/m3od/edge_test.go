@@ -4,6 +4,7 @@ import (
 	"io"
 	"net/http"
 	"strings"
+	"sync"
 	"testing"
 )
 
@@ -96,8 +97,41 @@ func TestHostsOfAnApp(t *testing.T) {
 		t.Fatalf("push: %v\n%s", err, out)
 	}
 	eventually(t, "the live release's own host", func() bool { code, body, _ := get("v2--hosted.localhost"); return code == 200 && body == "two" })
-	if code, body, _ := get("v1--hosted.localhost"); code != 503 || !strings.Contains(body, "m3o rollback v1") {
-		t.Errorf("an old release's host: %d %q", code, body)
+	shims := func() int { return len(b.pids("m3o-shim", "-id hosted-")) }
+	eventually(t, "the old release has stopped", func() bool { return shims() == 1 })
+	var first sync.WaitGroup
+	for range 10 {
+		first.Go(func() {
+			if code, body, _ := get("v1--hosted.localhost"); code != 200 || body != "one" {
+				t.Errorf("an old release's host: %d %q", code, body)
+			}
+		})
+	}
+	first.Wait()
+	if n := shims(); n != 2 {
+		t.Errorf("%d instances run after requests for v1, want one of each release", n)
+	}
+	if code, body, _ := get("hosted.test"); code != 200 || body != "two" {
+		t.Errorf("after requests for v1 the app answers %d %q", code, body)
+	}
+	p.must(t, dir, "m3o", "ps:sleep", "--after", "1s")
+	b.kill() // a new daemon stops what is not live; requests start it again
+	if err := b.start(); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "everything sleeps", func() bool { return shims() == 0 })
+	if code, body, _ := get("v1--hosted.localhost"); code != 200 || body != "one" {
+		t.Errorf("an old release's host, again: %d %q", code, body)
+	}
+	eventually(t, "the old release is stopped when it is not used", func() bool { return shims() == 0 })
+	if code, body, _ := get("v2--hosted.localhost"); code != 200 || body != "two" {
+		t.Errorf("the live release's own host while it sleeps: %d %q", code, body)
+	}
+	p.must(t, dir, "m3o", "ps:sleep", "--never")
+	p.must(t, dir, "m3o", "storage:create", "data")
+	p.must(t, dir, "m3o", "storage:mount", "data", "/data")
+	if code, body, _ := get("v1--hosted.localhost"); code != 503 || !strings.Contains(body, "web has a volume") {
+		t.Errorf("an old release that may not run beside the live one: %d %q", code, body)
 	}
 
 	p.must(t, dir, "m3o", "maintenance:on")
