@@ -20,6 +20,7 @@ type BuildKeys struct {
 	Experiment []string          // GOEXPERIMENT
 	Test       bool              // go test ./... must pass
 	Vet        bool              // go vet ./... must pass
+	Advisories bool              // a push tells known faults of modules
 	Files      []string          // of the tree, that go into the image
 	Private    []string          // GOPRIVATE: module path patterns
 	Secrets    []string          // config vars the build may read
@@ -51,6 +52,7 @@ func buildKeys() []key[Manifest] {
 			texts("experiment", "`GOEXPERIMENT`: experiments of the Go toolchain.", matching(regexp.MustCompile(`[a-z0-9]+`), "is not an experiment", "write one name an item, such as - jsonv2"), func(b *B) *[]string { return &b.Experiment }),
 			flag("test", "`go test ./...` has to pass before the image is released.", func(b *B) *bool { return &b.Test }),
 			flag("vet", "`go vet ./...` has to pass before the image is released.", func(b *B) *bool { return &b.Vet }),
+			flag("advisories", "The push lists what the Go vulnerability database knows of the modules in the image. It stops nothing.", func(b *B) *bool { return &b.Advisories }),
 			texts("files", "Files and folders of the tree that go into the image below `/app`, relative to `build.dir`; `*` matches within a folder. `templates`, `static` and `migrations/*.sql`, for example.", inFiles, func(b *B) *[]string { return &b.Files }),
 			texts("private", "`GOPRIVATE`: patterns of module paths that are fetched from their own servers, with the config vars that `build.secrets` names.", matching(regexp.MustCompile(`[A-Za-z0-9*?\[\].~_/-]+`), "is not a pattern of module paths", "write one pattern an item, such as - git.example.com/*"), func(b *B) *[]string { return &b.Private }),
 			texts("secrets", "Config vars that the build may read, as secrets: they reach no layer, log or argument list. `NETRC` becomes the file of that name; a Dockerfile mounts them by `RUN --mount=type=secret,id=NAME`.", matching(regexp.MustCompile(`[A-Za-z_][A-Za-z0-9_]*`), "is not the name of a config var", "write one name an item, such as - NETRC"), func(b *B) *[]string { return &b.Secrets }),

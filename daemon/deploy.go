@@ -147,6 +147,9 @@ func (d *Daemon) push(ctx context.Context, turn *turn, src m3o.Source, w io.Writ
 	if err := d.document(ctx, src, bld.Number, bld.Started, plan, res); err != nil {
 		return fail(d.endBuild(ctx, bld, err))
 	}
+	if plan.Files.Manifest.Build.Advisories {
+		d.reportAdvisories(ctx, res.Image, output{both})
+	}
 	if err := d.endBuild(ctx, bld, nil); err != nil {
 		return fail(err)
 	}

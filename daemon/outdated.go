@@ -5,11 +5,15 @@ import (
 	"fmt"
 	"os"
 	"strings"
+	"time"
 
 	"github.com/m3o/m3o"
 	"github.com/m3o/m3o/buildpacks/advisory"
 	"github.com/m3o/m3o/buildpacks/source"
 )
+
+// advisoryTime bounds how long a push waits for the vulnerability database.
+const advisoryTime = 20 * time.Second
 
 // maxTold is how many advisories a reason names.
 const maxTold = 3
@@ -99,23 +103,7 @@ func (d *Daemon) newestRelease(ctx context.Context, app string) (m3o.Release, er
 // advisories is what the vulnerability database has on the modules of a
 // release: what was published since it was built, and what was known then.
 func (d *Daemon) advisories(ctx context.Context, rel m3o.Release, bld m3o.Build) (fresh, known []advisory.Advisory, err error) {
-	address := d.cfg.vulnDB()
-	if address == "off" {
-		return nil, nil, nil
-	}
-	db, err := advisory.Open(address)
-	if err != nil {
-		return nil, nil, err
-	}
-	sbom, err := d.builder.SBOM(ctx, rel.Image)
-	if err != nil {
-		return nil, nil, err
-	}
-	modules, err := advisory.Modules(sbom)
-	if err != nil {
-		return nil, nil, err
-	}
-	all, err := db.Affecting(ctx, modules)
+	all, _, err := d.affecting(ctx, rel.Image)
 	for _, a := range all {
 		if a.Published.After(bld.Started) {
 			fresh = append(fresh, a)
@@ -124,6 +112,53 @@ func (d *Daemon) advisories(ctx context.Context, rel m3o.Release, bld m3o.Build)
 		}
 	}
 	return fresh, known, err
+}
+
+// affecting is what the vulnerability database has on the modules of an image,
+// and how many modules there are.
+func (d *Daemon) affecting(ctx context.Context, image string) ([]advisory.Advisory, int, error) {
+	address := d.cfg.vulnDB()
+	if address == "off" {
+		return nil, 0, nil
+	}
+	db, err := advisory.Open(address)
+	if err != nil {
+		return nil, 0, err
+	}
+	sbom, err := d.builder.SBOM(ctx, image)
+	if err != nil {
+		return nil, 0, err
+	}
+	modules, err := advisory.Modules(sbom)
+	if err != nil {
+		return nil, 0, err
+	}
+	all, err := db.Affecting(ctx, modules)
+	return all, len(modules), err
+}
+
+// reportAdvisories tells a pusher which known faults the modules of an image
+// have. It ends no deploy: what is known today says nothing of what is live.
+func (d *Daemon) reportAdvisories(ctx context.Context, image string, out output) {
+	ctx, cancel := context.WithTimeout(ctx, advisoryTime)
+	defer cancel()
+	all, modules, err := d.affecting(ctx, image)
+	switch {
+	case err != nil:
+		out.warn("%s", userMessage(err))
+		if h := m3o.HintOf(err); h != "" {
+			out.warn("%s", h)
+		}
+	case d.cfg.vulnDB() == "off":
+		out.warn("build.advisories: this server asks no vulnerability database (m3od --go-vuln-db)")
+	case len(all) == 0:
+		out.line("No known faults in modules (%d looked at)", modules)
+	default:
+		out.step("Known faults in modules")
+		for _, a := range all {
+			out.line("%s: %s", a, a.Summary)
+		}
+	}
 }
 
 // told names advisories for a release's reason.
