@@ -158,7 +158,6 @@ func (d *Daemon) tellDeploy(dep release.Deploy) {
 
 // tellInstance tells of what an instance has become.
 func (d *Daemon) tellInstance(old, in m3o.Instance) {
-	d.peers.changed()
 	name := in.Process + "." + in.ID
 	if isRun(in.Process) {
 		name = in.Process

@@ -162,7 +162,10 @@ func New(ctx context.Context, cfg Config, version string, log *slog.Logger) (_ *
 		return nil, err
 	}
 	d.logs = newAppLogs(cfg.path("logs"), log)
-	d.routes.told = d.tellInstance
+	d.routes.told = func(old, in m3o.Instance) {
+		d.peers.changed()
+		d.tellInstance(old, in)
+	}
 	if d.drains, err = openDrains(ctx, d); err != nil {
 		return nil, fmt.Errorf("open drains: %w", err)
 	}
