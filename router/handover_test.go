@@ -17,6 +17,7 @@ import (
 	testpb "google.golang.org/grpc/interop/grpc_testing"
 
 	"github.com/m3o/m3o"
+	"github.com/m3o/m3o/discovery"
 )
 
 // successor is a router on the sockets of f.
@@ -49,9 +50,8 @@ func (f *fixture) successor(t *testing.T) *fixture {
 			t.Fatal(err)
 		}
 		_ = files["names-udp"].Close()
-		n := *f.rt.cfg.Inside.Names
-		n.UDP, n.TCP = udp, ln("names")
-		inside = &Inside{HTTP: ln("internal"), Names: &n}
+		old := f.rt.cfg.Inside.Names // which runs: not to be copied whole
+		inside = &Inside{HTTP: ln("internal"), Names: &discovery.Names{UDP: udp, TCP: ln("names"), Gateway: old.Gateway, Upstreams: old.Upstreams, Peers: old.Peers, Log: old.Log}}
 	}
 	return start(t, func(c *Config) {
 		c.Inside = inside
