@@ -203,17 +203,20 @@ func (m *Manager) InstallAll(ctx context.Context) {
 }
 
 func (m *Manager) installCached(ctx context.Context, name string) error {
+	var best certmagic.Certificate // the newest: one that was renewed may still be there
 	for _, c := range m.cache.AllMatchingCertificates(name) {
-		if !slices.Contains(c.Names, name) {
-			continue
+		if slices.Contains(c.Names, name) && c.Leaf != nil && (best.Leaf == nil || c.Leaf.NotBefore.After(best.Leaf.NotBefore)) {
+			best = c
 		}
-		cert, err := encode(c.Certificate)
-		if err != nil {
-			return err
-		}
-		return m.install(ctx, name, cert)
 	}
-	return nil
+	if best.Leaf == nil {
+		return nil
+	}
+	cert, err := encode(best.Certificate)
+	if err != nil {
+		return err
+	}
+	return m.install(ctx, name, cert)
 }
 
 func (m *Manager) install(ctx context.Context, name string, c Certificate) error {
@@ -240,6 +243,16 @@ func (m *Manager) event(ctx context.Context, event string, data map[string]any) 
 			s.Err = reason(err)
 		}
 		m.mu.Unlock()
+	case "cached_managed_cert": // found in the store, or issued, and stapled
+		names, _ := data["sans"].([]string)
+		for _, n := range names {
+			if _, ok := m.State(n); !ok {
+				continue
+			}
+			if err := m.installCached(context.WithoutCancel(ctx), n); err != nil {
+				m.cfg.Log.Warn("serve certificate", "host", n, "err", err)
+			}
+		}
 	case "cert_obtained":
 		m.cfg.Log.Info("certificate issued", "host", name)
 		read := func(key string) []byte {
@@ -254,8 +267,17 @@ func (m *Manager) event(ctx context.Context, event string, data map[string]any) 
 		if err := m.install(context.WithoutCancel(ctx), name, c); err != nil {
 			m.cfg.Log.Warn("serve certificate", "host", name, "err", err)
 		}
+		m.staple(ctx, name)
 	}
 	return nil
+}
+
+// staple serves a certificate that has just been issued with its OCSP response,
+// if its CA has a responder. It is served without meanwhile.
+func (m *Manager) staple(ctx context.Context, name string) {
+	if _, err := m.magic.CacheManagedCertificate(ctx, name); err != nil { // the cache asks for it, and tells event
+		m.cfg.Log.Warn("staple certificate", "host", name, "err", err)
+	}
 }
 
 // reason is the part of an ACME error that a user can act on.

@@ -113,12 +113,21 @@ type authority struct {
 	asked atomic.Int64
 }
 
-func startAuthority(t *testing.T, dnsServer string, httpPort, tlsPort int) *authority {
+// startAuthority makes one that answers OCSP as well if it should.
+func startAuthority(t *testing.T, dnsServer string, httpPort, tlsPort int, withOCSP bool) *authority {
 	t.Helper()
 	t.Setenv("PEBBLE_VA_NOSLEEP", "1")
 	logger := log.New(io.Discard, "", 0)
 	mem := db.NewMemoryStore()
-	c := ca.New(logger, mem, "", "ecdsa", 0, 1, map[string]ca.Profile{"default": {Description: "default"}})
+	responder, algorithm := "", "ecdsa"
+	var issuer atomic.Pointer[ca.CAImpl] // set before there is a certificate to ask of
+	if withOCSP {
+		srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { answerOCSP(w, r, issuer.Load()) }))
+		t.Cleanup(srv.Close)
+		responder, algorithm = srv.URL, "rsa" // Pebble gives out no other key
+	}
+	c := ca.New(logger, mem, responder, algorithm, 0, 1, map[string]ca.Profile{"default": {Description: "default"}})
+	issuer.Store(c)
 	v := va.New(logger, httpPort, tlsPort, false, dnsServer, mem)
 	front := wfe.New(logger, mem, v, c, []string{"pebble.letsencrypt.org"}, false, false, 1, 1)
 	h := front.Handler()
@@ -147,6 +156,11 @@ type edge struct {
 
 func startEdge(t *testing.T, challenges []string, dnsFile func(z *zone) string) *edge {
 	t.Helper()
+	return startEdgeOf(t, challenges, dnsFile, false)
+}
+
+func startEdgeOf(t *testing.T, challenges []string, dnsFile func(z *zone) string, withOCSP bool) *edge {
+	t.Helper()
 	listen := func(network, addr string) net.Listener {
 		ln, err := net.Listen(network, addr)
 		if err != nil {
@@ -159,7 +173,7 @@ func startEdge(t *testing.T, challenges []string, dnsFile func(z *zone) string) 
 	plain, secure, control := listen("tcp", "127.0.0.1:0"), listen("tcp", "127.0.0.1:0"), listen("unix", filepath.Join(dir, "c.sock"))
 	z := startZone(t)
 	port := func(ln net.Listener) int { return ln.Addr().(*net.TCPAddr).Port }
-	e := &edge{http: plain.Addr().String(), https: secure.Addr().String(), ca: startAuthority(t, z.addr, port(plain), port(secure))}
+	e := &edge{http: plain.Addr().String(), https: secure.Addr().String(), ca: startAuthority(t, z.addr, port(plain), port(secure), withOCSP)}
 	cfg := Config{Data: dir, Domain: "example.test", ACMECA: e.ca.dir, DNSServers: z.addr}
 	if dnsFile != nil {
 		cfg.ACMEDNS = dnsFile(z)
