@@ -1,6 +1,12 @@
 package daemon
 
 import (
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/x509"
+	"encoding/pem"
+	"math/big"
 	"strings"
 	"testing"
 	"time"
@@ -93,5 +99,58 @@ func TestDomainMovesWithoutBeingServedTwice(t *testing.T) {
 	bob := m3o.App{Name: "bobs", Owner: "bob"}
 	if err := e.addDomains(t.Context(), bob, "bob", false, []domain{{Name: "shop.test"}}); m3o.KindOf(err) != m3o.Conflict {
 		t.Errorf("another owner takes a domain that was just freed: %v", err)
+	}
+}
+
+func TestOwnCertificateMustFitItsKeyAndTheApp(t *testing.T) {
+	e := startEdge(t, nil, nil)
+	e.serve(t, "one", "shop.test")
+	e.serve(t, "two", "bank.test")
+	issue := func(name string, end time.Time) (chain []byte, key m3o.Secret) {
+		t.Helper()
+		k, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+		if err != nil {
+			t.Fatal(err)
+		}
+		tmpl := &x509.Certificate{SerialNumber: big.NewInt(1), DNSNames: []string{name}, NotBefore: end.Add(-48 * time.Hour), NotAfter: end}
+		der, err := x509.CreateCertificate(rand.Reader, tmpl, tmpl, k.Public(), k)
+		if err != nil {
+			t.Fatal(err)
+		}
+		kb, err := x509.MarshalPKCS8PrivateKey(k)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}), m3o.Secret(pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: kb}))
+	}
+	end := time.Now().Add(24 * time.Hour)
+	good, goodKey := issue("shop.test", end)
+	_, otherKey := issue("shop.test", end)
+	old, oldKey := issue("shop.test", time.Now().Add(-time.Hour))
+	bank, bankKey := issue("bank.test", end)
+	for _, tc := range []struct {
+		what  string
+		chain []byte
+		key   m3o.Secret
+		kind  m3o.Kind
+		says  string
+	}{
+		{"no PEM", []byte("certificate"), goodKey, m3o.Invalid, "no certificate in PEM"},
+		{"a key that is none", good, "key", m3o.Invalid, "no private key in PEM"},
+		{"another's key", good, otherKey, m3o.Invalid, "not the certificate's"},
+		{"an old one", old, oldKey, m3o.Invalid, "ended on"},
+		{"another app's domain", bank, bankKey, m3o.Denied, "bank.test, which is no domain of one"},
+	} {
+		if _, err := e.addCert(t.Context(), "one", "ada", false, tc.chain, tc.key); m3o.KindOf(err) != tc.kind || !strings.Contains(err.Error(), tc.says) || m3o.HintOf(err) == "" {
+			t.Errorf("%s: %v", tc.what, err)
+		}
+	}
+	c, err := e.addCert(t.Context(), "one", "ada", false, good, goodKey)
+	if err != nil {
+		t.Fatal(err)
+	}
+	leaf, err := e.leaf("shop.test")
+	if err != nil || !leaf.NotAfter.Equal(c.Expires) {
+		t.Errorf("served with %v, %v, want the one that was brought", leaf, err)
 	}
 }
