@@ -114,6 +114,14 @@ func TestHostsOfAnApp(t *testing.T) {
 	if code, body, _ := get("hosted.test"); code != 200 || body != "two" {
 		t.Errorf("after requests for v1 the app answers %d %q", code, body)
 	}
+	p.must(t, dir, "m3o", "releases:canary", "v1", "--percent", "0")
+	if code, body, _ := get("v1--hosted.localhost"); code != 200 || body != "one" {
+		t.Errorf("the canary's own host: %d %q", code, body)
+	}
+	p.must(t, dir, "m3o", "releases:abort")
+	if code, body, _ := get("v1--hosted.localhost"); code != 200 || body != "one" {
+		t.Errorf("the host of a release that was the canary: %d %q", code, body)
+	}
 	p.must(t, dir, "m3o", "ps:sleep", "--after", "1s")
 	b.kill() // a new daemon stops what is not live; requests start it again
 	if err := b.start(); err != nil {
