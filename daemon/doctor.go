@@ -121,6 +121,10 @@ func (f *findings) network(ctx context.Context, cfg Config) {
 	if len(probs) == 0 {
 		f.add(CheckOK, "isolation", "", "cgroups, firewall and subnet %s", cfg.Subnet)
 	}
+	// m3od opens its own directory, not those above it.
+	if why := oci.NoUserNamespace(filepath.Dir(cfg.Data)); why != "" {
+		f.add(CheckWarn, "isolation", "apps run all the same; with it a way out of a container would lead to nobody", "apps have no user namespace: %s", why)
+	}
 	if b, err := os.ReadFile("/proc/sys/net/ipv4/ip_forward"); err == nil && strings.TrimSpace(string(b)) != "1" {
 		f.add(CheckWarn, "isolation", "m3od turns it on when it starts; if something turns it off again: sysctl -w net.ipv4.ip_forward=1", "IP forwarding is off: apps reach nothing outside")
 	}

@@ -24,6 +24,11 @@ func (d *Daemon) makeState() error {
 			return fmt.Errorf("make state directory: %w", err)
 		}
 	}
+	// The root of an app's user namespace, who is nobody, looks up what its
+	// container is made of; everything else in here stays closed.
+	if err := errors.Join(os.Chmod(d.cfg.Data, 0o711), os.Chmod(d.cfg.path("runtime"), 0o711)); err != nil {
+		return fmt.Errorf("open state directory: %w", err)
+	}
 	var err error
 	if d.hostKey, err = keyFile(d.cfg.path("keys", "ssh_host_ed25519"), gitserver.GenerateHostKey); err != nil {
 		return fmt.Errorf("git server's host key: %w", err)

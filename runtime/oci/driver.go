@@ -134,6 +134,7 @@ type Driver struct {
 	logs      runtime.Logs
 	links     *links
 	joined    func(context.Context) // see OnJoin
+	root      int                   // see bundle
 	lock      *os.File              // on Dir
 	nameLock  *os.File              // on Name
 }
@@ -178,6 +179,11 @@ func Open(ctx context.Context, cfg Config) (_ *Driver, err error) {
 	}
 	if err := d.cgroups.setup(); err != nil {
 		return nil, err
+	}
+	if why := NoUserNamespace(filepath.Join(cfg.Dir, "bundles")); why != "" {
+		d.log.Warn("apps have no user namespace", "err", why)
+	} else {
+		d.root = cfg.UserBase + maxUsers
 	}
 	d.swap = d.cgroups.unified() || exists(filepath.Join(filepath.Dir(filepath.Dir(d.cgroups.memory("x"))), "memory.memsw.limit_in_bytes"))
 	boot, err := os.ReadFile("/proc/sys/kernel/random/boot_id")

@@ -102,7 +102,7 @@ func (d *Driver) launch(ctx context.Context, id string, w runtime.Workload, l la
 		}
 	}()
 	dir := d.bundle(id)
-	if err := os.Mkdir(dir, 0o700); err != nil {
+	if err := os.Mkdir(dir, 0o711); err != nil {
 		return nil, fmt.Errorf("make bundle: %w", err)
 	}
 	ip, err := d.addresses.take()
@@ -113,7 +113,7 @@ func (d *Driver) launch(ctx context.Context, id string, w runtime.Workload, l la
 		d.addresses.free(ip)
 		return nil, fmt.Errorf("write bundle: %w", err)
 	}
-	b := bundle{dir: dir, id: id, w: w, image: im, args: firstOf(w.Args, im.Args), env: l.env, uid: uid,
+	b := bundle{dir: dir, id: id, w: w, image: im, args: firstOf(w.Args, im.Args), env: l.env, uid: uid, root: d.root,
 		addr: ip, gateway: d.net.gateway, cgroup: d.cgroups.path(id), swap: d.swap, terminal: l.console != "", size: l.size}
 	if err := b.write(); err != nil {
 		return nil, err

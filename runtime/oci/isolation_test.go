@@ -67,6 +67,7 @@ func TestInstanceCannotReachBeyondItself(t *testing.T) {
 		"writing to /sys":       {v.SysWritable, "read-only file system"},
 		"writing to /proc/sys":  {v.ProcWritable, "read-only file system"},
 		"reading /proc/kcore":   {v.Kcore == "0 bytes" || v.Kcore == "no such file or directory", true},
+		"user namespace":        {v.UIDMap, "0 165536 1, 100000 100000 1"},
 		"visible processes":     {strings.Join(v.Processes, " "), "1"},
 		"Go's memory limit":     {v.GoMemLimit, fmt.Sprint(100 << 20 / 10 * 9)},
 		"Go's processors":       {v.GoMaxProcs, "2"},

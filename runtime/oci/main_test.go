@@ -90,6 +90,9 @@ func newRig(t testing.TB) rig {
 	if strings.ContainsAny(dir, ":,\\") {
 		t.Fatalf("temporary directory %s cannot be used for overlays", dir)
 	}
+	if err := os.Chmod(filepath.Dir(dir), 0o711); err != nil { // as m3od's own directories are
+		t.Fatal(err)
+	}
 	runDir, err := os.MkdirTemp("/run", "m3o-test-")
 	if err != nil {
 		t.Fatal(err)

@@ -27,6 +27,7 @@ type bundle struct {
 	args     []string
 	env      []string // beyond the workload's
 	uid      int
+	root     int // the host's user that root is in its user namespace; 0: it has none
 	addr     netip.Addr
 	gateway  netip.Addr
 	cgroup   string
@@ -101,6 +102,9 @@ func (b bundle) spec() (*specs.Spec, error) {
 				"/sys/devices/virtual/powercap", "/sys/fs/selinux"},
 			ReadonlyPaths: []string{"/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"},
 		},
+	}
+	if b.root != 0 {
+		userNamespace(s, b.root, b.uid)
 	}
 	s.Process.Rlimits = []specs.POSIXRlimit{{Type: "RLIMIT_NOFILE", Hard: files, Soft: files}, {Type: "RLIMIT_CORE"}}
 	if b.terminal {

@@ -348,6 +348,7 @@ type View struct {
 	Caps         string // effective, inherited and bounding sets, as in /proc/self/status
 	Seccomp      string // 2 is a filter
 	NoNewPrivs   string
+	UIDMap       string // of its user namespace, "inside outside number" by commas
 	RootWrite    string // error of writing a file in /
 	TmpWrite     string // error of writing one in /tmp
 	Processes    []string
@@ -389,7 +390,7 @@ func Look() View {
 	v := View{
 		UID: os.Getuid(), GID: os.Getgid(), Hostname: host,
 		Caps:    status["CapEff"] + " " + status["CapInh"] + " " + status["CapBnd"],
-		Seccomp: status["Seccomp"], NoNewPrivs: status["NoNewPrivs"],
+		Seccomp: status["Seccomp"], NoNewPrivs: status["NoNewPrivs"], UIDMap: uidMap(),
 		RootWrite: word(os.WriteFile("/probe", nil, 0o600)), TmpWrite: word(os.WriteFile("/tmp/probe", nil, 0o600)),
 		CgroupWrite: word(os.Mkdir("/sys/fs/cgroup/probe", 0o700)), CgroupRoot: string(cg),
 		ResolvConf: string(resolv), Mounts: strings.Count(string(mounts), "\n"),
@@ -417,4 +418,17 @@ func Look() View {
 	}
 	slices.Sort(v.Processes)
 	return v
+}
+
+// uidMap reads /proc/self/uid_map.
+func uidMap() string {
+	b, err := os.ReadFile("/proc/self/uid_map")
+	if err != nil {
+		return err.Error()
+	}
+	var lines []string
+	for l := range strings.Lines(string(b)) {
+		lines = append(lines, strings.Join(strings.Fields(l), " "))
+	}
+	return strings.Join(lines, ", ")
 }
