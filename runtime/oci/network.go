@@ -10,6 +10,7 @@ import (
 	"net/netip"
 	"os"
 	"strings"
+	"time"
 
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
@@ -122,6 +123,11 @@ func (n *network) unreachable() *netlink.Route {
 	return &netlink.Route{Dst: ipNet(n.subnet.Masked()), Type: unix.RTN_UNREACHABLE}
 }
 
+const (
+	settlePause = 200 * time.Microsecond
+	settleTries = 1000
+)
+
 // add connects the network namespace of process pid, which runs nothing of the
 // app's yet.
 func (n *network) add(id string, pid int, ip netip.Addr) error {
@@ -149,7 +155,25 @@ func (n *network) add(id string, pid int, ip netip.Addr) error {
 	if err := n.nl.RouteReplace(&netlink.Route{LinkIndex: i, Dst: host(ip), Scope: netlink.SCOPE_LINK, Src: n.gateway.AsSlice()}); err != nil {
 		return fmt.Errorf("add route: %w", err)
 	}
-	return nil
+	return n.settle(i)
+}
+
+// settle waits until the kernel has taken note that both ends of a pair are
+// up, which it does for both at once, beside what set them up. Until then it
+// drops what the instance's end sends, and who has asked something asks again
+// only after a second.
+func (n *network) settle(link int) error {
+	for range settleTries {
+		l, err := n.nl.LinkByIndex(link)
+		if err != nil {
+			return fmt.Errorf("look at veth: %w", err)
+		}
+		if l.Attrs().OperState == netlink.OperUp {
+			return nil
+		}
+		time.Sleep(settlePause)
+	}
+	return nil // it only costs somebody that second
 }
 
 func neighbour(link int, ip netip.Addr, hw net.HardwareAddr) *netlink.Neigh {
