@@ -146,7 +146,10 @@ func (d *Daemon) upgradeRouter(ctx context.Context, st router.Status) error {
 		return os.Rename(old.Socket, d.controlSocket())
 	}
 	if err := old.Retire(ctx, d.cfg.Handover); err != nil {
-		return err
+		if _, serr := old.Status(ctx); serr == nil {
+			return err
+		}
+		d.log.Warn("the old router ended when it was told to go", "err", err) // the new one serves
 	}
 	d.fleet.add(old)
 	return nil

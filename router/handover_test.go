@@ -209,3 +209,28 @@ func TestRetiredRouterCutsPolitelyAtItsDeadline(t *testing.T) {
 		t.Errorf("the WebSocket ended with %x, %v, want close 1001", b, err)
 	}
 }
+
+// A router without clients is gone at once. It used to close the control
+// connections before what was asked on them was answered. The daemon that had
+// just brought its successor took that for a router that does not answer, and
+// ended.
+func TestRetiringAnIdleRouterIsAnswered(t *testing.T) {
+	for range 20 {
+		f := start(t)
+		c := http.Client{Transport: &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			var d net.Dialer
+			return d.DialContext(ctx, "unix", f.client.Socket)
+		}}}
+		res, err := c.Get("http://router/asks")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := f.client.Retire(t.Context(), time.Second); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := io.ReadAll(res.Body); err != nil {
+			t.Errorf("another answer on a control connection was cut: %v", err)
+		}
+		_ = res.Body.Close()
+	}
+}

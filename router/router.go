@@ -520,7 +520,13 @@ func (rt *Router) Run(ctx context.Context) error {
 	}
 	cause := context.Cause(serve)
 	if control != nil {
-		_ = control.Close() // its requests end with serve
+		// Its requests end with serve, and the one that retired an idle router
+		// ended this one: it gets its answer first.
+		last, cancel := context.WithTimeout(context.WithoutCancel(ctx), leaveTime)
+		if control.Shutdown(last) != nil {
+			_ = control.Close()
+		}
+		cancel()
 	}
 	rt.shutdown(ctx, srvs, lns)
 	if h3 != nil {
