@@ -67,7 +67,8 @@ var (
 	downloading  = regexp.MustCompile(`^go: (?:downloading|finding|extracting) `)
 	fetching     = regexp.MustCompile(`(?:reading|Get|Post) "?https?://.*(?:dial tcp|timeout|refused|no such host|TLS handshake|: 5[0-9][0-9] |EOF|server misbehaving|reset by peer)`)
 	notServed    = regexp.MustCompile(`(?:reading|Get) "?https?://.*: 4[0-9][0-9] `)
-	unauthorized = regexp.MustCompile(`(?:reading|Get) "?https?://.*: 40[13] `)
+	unauthorized = regexp.MustCompile(`(?:reading|Get) "?https?://.*: 401 `)
+	forbidden    = regexp.MustCompile(`(?:reading|Get) "?https?://.*: 403 `) // some proxies say so of what they do not have
 	// moduleVersion is a module as the go command names it in an error.
 	moduleVersion = regexp.MustCompile(`[^\s:"]+@v[^\s:"]+`)
 	noFiles       = regexp.MustCompile(`build constraints exclude all Go files in (\S+)`)
@@ -119,6 +120,8 @@ func explainExit(tool string, code uint32, said []string, err error) error {
 		e.Kind, e.Hint = m3o.Unavailable, what+" is not in the cache and could not be fetched: push again when its server answers, or check m3od --goproxy"
 	case unauthorized.MatchString(line):
 		e.Hint = "the module's server wants a password: set config var NETRC, and name it in build.secrets of m3o.yaml"
+	case forbidden.MatchString(line):
+		e.Hint = "the module proxy does not have that version, or not for everybody: run go get for one it has, and commit go.mod and go.sum; or set config var NETRC, and name it in build.secrets of m3o.yaml"
 	case notServed.MatchString(line):
 		e.Hint = "the module proxy does not have that version: run go get for one it has, and commit go.mod and go.sum"
 	case sumMissing.MatchString(all):
