@@ -50,6 +50,7 @@ type routes struct {
 	rests     map[string]rest
 	instances map[string]m3o.Instance
 	byApp     map[string]map[string]bool // ids in instances
+	gone      map[string]time.Time       // ids that were removed lately, and when
 	traits    map[appVersion]traits
 	dirty     map[string]bool // apps whose rows may differ from what was sent
 	whole     bool            // the next table is sent whole
@@ -66,6 +67,9 @@ type tables interface {
 	Put(context.Context, router.Table) (hash string, err error)
 	Apply(context.Context, router.Change) (hash string, err error)
 }
+
+// newsTime is more than news of an instance can be late.
+const newsTime = 10 * time.Minute
 
 // alias is one further host of an app.
 type alias struct{ name, redirect string }
@@ -92,7 +96,7 @@ func newRoutes(domain, api string, rt tables, log *slog.Logger) *routes {
 	return &routes{domain: domain, api: api, router: rt, log: log, told: func(_, _ m3o.Instance) {},
 		policy: func(string) *router.Policy { return nil }, canaries: map[string]canary{},
 		live: map[string]int{}, kept: map[string][]int{}, woken: map[string]map[int]bool{}, hosts: map[string][]alias{}, modes: map[string]mode{}, rests: map[string]rest{},
-		instances: map[string]m3o.Instance{}, byApp: map[string]map[string]bool{}, traits: map[appVersion]traits{},
+		instances: map[string]m3o.Instance{}, byApp: map[string]map[string]bool{}, gone: map[string]time.Time{}, traits: map[appVersion]traits{},
 		dirty: map[string]bool{}, whole: true, held: true, changed: make(chan struct{}), wake: make(chan struct{}, 1)}
 }
 
@@ -306,12 +310,16 @@ func (r *routes) wait(ctx context.Context, gen uint64) error {
 
 // merge takes in what is newer than what is known. The caller holds mu.
 func (r *routes) merge(in m3o.Instance) bool {
+	if _, ok := r.gone[in.ID]; ok {
+		return false
+	}
 	old, known := r.instances[in.ID]
 	if known && in.At.Before(old.At) {
 		return false
 	}
 	if in.Phase == m3o.Exited && old.Phase == m3o.Draining {
 		r.remove(old) // it was told to go, so it will not be seen again
+		r.bury(in.ID)
 		return true
 	}
 	r.insert(in)
@@ -331,6 +339,14 @@ func (r *routes) remove(in m3o.Instance) {
 	if delete(r.byApp[in.App], in.ID); len(r.byApp[in.App]) == 0 {
 		delete(r.byApp, in.App)
 	}
+}
+
+// bury has late news of an instance that is gone fall on deaf ears: who waited
+// for it to be ready may tell of it after its end. The caller holds mu.
+func (r *routes) bury(id string) {
+	now := time.Now()
+	maps.DeleteFunc(r.gone, func(_ string, at time.Time) bool { return now.Sub(at) > newsTime })
+	r.gone[id] = now
 }
 
 // know takes in instances that the driver's events may not have told of yet.

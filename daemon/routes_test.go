@@ -165,6 +165,24 @@ func TestLateEventDoesNotUndoANewerOne(t *testing.T) {
 	}
 }
 
+// A command that waits for instances to be ready tells of them when all are. One
+// may have ended by then, and used to be listed, and sent requests, for ever.
+func TestInstanceThatHasEndedIsNotReadyAgain(t *testing.T) {
+	r := newRoutes("localhost", "unix:/api", nil, nil)
+	now := time.Now()
+	was := ready("hello", 1, "a", "198.18.0.1:8080", now)
+	r.know([]m3o.Instance{was})
+	in := was
+	for i, p := range []m3o.Phase{m3o.Draining, m3o.Exited} {
+		in.Phase, in.At = p, now.Add(time.Duration(i+1)*time.Second)
+		r.know([]m3o.Instance{in})
+	}
+	r.know([]m3o.Instance{was})
+	if got := r.list("hello"); len(got) != 0 {
+		t.Errorf("an instance that has ended is back: %+v", got)
+	}
+}
+
 // The host of a release that is not live leads nowhere until a request has
 // woken the release, and again once that has been stopped or is crashing.
 func TestHostOfAKeptReleaseLeadsToItOnlyWhileItIsWoken(t *testing.T) {
