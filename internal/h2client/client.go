@@ -152,6 +152,9 @@ func (cl *Client) get(ctx context.Context) (*conn, error) {
 			cl.mu.Lock()
 			if d.wait--; d.wait == 0 {
 				d.cancel()
+				if cl.dialing == d {
+					cl.dialing = nil // nobody else may wait for what was given up
+				}
 			}
 			cl.mu.Unlock()
 			return nil, ctx.Err()
@@ -177,7 +180,9 @@ func (cl *Client) dial(ctx context.Context, d *dialing) {
 	}
 	cl.mu.Lock()
 	d.err = err
-	cl.dialing = nil
+	if cl.dialing == d {
+		cl.dialing = nil
+	}
 	if err == nil {
 		cl.conns = append(cl.conns, d.c)
 	}

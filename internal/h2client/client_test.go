@@ -590,3 +590,35 @@ func TestReadyTellsWhetherAReadWouldWait(t *testing.T) {
 		cl.CloseIdleConnections()
 	})
 }
+
+// A call that comes while a dial that everybody has given up is about to end
+// must not get that dial's end for an answer.
+func TestCallAfterADialThatWasGivenUpDialsItself(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		dials, end := 0, make(chan struct{})
+		second := errors.New("the second dial")
+		cl := New(Config{Dial: func(ctx context.Context) (net.Conn, error) {
+			if dials++; dials > 1 {
+				return nil, second
+			}
+			<-ctx.Done()
+			<-end
+			return nil, ctx.Err()
+		}})
+		ctx, cancel := context.WithCancel(t.Context())
+		first := make(chan error, 1)
+		go func() {
+			_, err := cl.RoundTrip(request(ctx, "GET", "/", nil, 0)) //nolint:bodyclose // there is none
+			first <- err
+		}()
+		synctest.Wait()
+		cancel()
+		if err := <-first; !errors.Is(err, context.Canceled) {
+			t.Errorf("the call that was given up: %v", err)
+		}
+		if _, err := cl.RoundTrip(request(t.Context(), "GET", "/", nil, 0)); !errors.Is(err, second) { //nolint:bodyclose // there is none
+			t.Errorf("the call after it: %v, want %v", err, second)
+		}
+		close(end)
+	})
+}
