@@ -74,8 +74,8 @@ func TestRapidResetCostsNobodyElseARequest(t *testing.T) {
 				break
 			}
 			if id%1001 == 0 {
-				if res, _ := do(t, f.web(t, true), request1(t, "GET", "https://"+host+".localhost/fine", nil)); res.StatusCode != 200 {
-					t.Errorf("%s: another client got %s", host, res.Status)
+				if res, b := do(t, f.web(t, true), request1(t, "GET", "https://"+host+".localhost/fine", nil)); res.StatusCode != 200 {
+					t.Errorf("%s: another client got %s %s", host, res.Status, b)
 				}
 			}
 		}
