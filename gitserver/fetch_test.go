@@ -5,7 +5,6 @@ import (
 	"crypto/rand"
 	"encoding/pem"
 	"errors"
-	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -16,6 +15,7 @@ import (
 	"golang.org/x/crypto/ssh"
 
 	"github.com/m3o/m3o"
+	"github.com/m3o/m3o/internal/need"
 	"github.com/m3o/m3o/webhook/forgetest"
 )
 
@@ -115,12 +115,7 @@ func TestFetchFromElsewhere(t *testing.T) {
 	with := func(r Remote, change func(*Remote)) Remote { change(&r); return r }
 	otherKey, _ := deployKey(t)
 	otherHost := strings.Fields(lines)[0] + " " + public
-	closed, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	nobody := closed.Addr().String()
-	_ = closed.Close()
+	nobody := need.Nobody(t)
 	for _, c := range []struct {
 		name string
 		r    Remote

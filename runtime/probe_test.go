@@ -16,6 +16,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/m3o/m3o"
+	"github.com/m3o/m3o/internal/need"
 )
 
 func listen(t *testing.T) net.Listener {
@@ -67,8 +68,7 @@ func TestProbe(t *testing.T) {
 	answer := func(code int) http.HandlerFunc {
 		return func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(code) }
 	}
-	closed := listen(t)
-	_ = closed.Close()
+	nobody := need.Nobody(t)
 	silent := listen(t) // accepts, in the kernel, and says nothing
 	rude := listen(t)
 	go func() {
@@ -106,9 +106,9 @@ func TestProbe(t *testing.T) {
 		{"TCP", silent.Addr().String(), m3o.Health{Kind: "tcp"}, TCP, ""},
 		{"silent, detected", silent.Addr().String(), m3o.Health{}, TCP, ""},
 		{"another protocol, detected", rude.Addr().String(), m3o.Health{}, TCP, ""},
-		{"nobody", closed.Addr().String(), m3o.Health{}, "", "connection refused"},
-		{"nobody for gRPC", closed.Addr().String(), m3o.Health{Kind: "grpc"}, "", "connection refused"},
-		{"unknown kind", closed.Addr().String(), m3o.Health{Kind: "icmp"}, "", "is not grpc, http, tcp"},
+		{"nobody", nobody, m3o.Health{}, "", "connection refused"},
+		{"nobody for gRPC", nobody, m3o.Health{Kind: "grpc"}, "", "connection refused"},
+		{"unknown kind", nobody, m3o.Health{Kind: "icmp"}, "", "is not grpc, http, tcp"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			t.Parallel()

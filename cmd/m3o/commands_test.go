@@ -13,6 +13,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/m3o/m3o/internal/need"
 )
 
 func TestCommandTableIsSound(t *testing.T) {
@@ -175,12 +177,8 @@ func TestHelpIsMadeForEveryCommand(t *testing.T) {
 
 func TestUnreachableServersHaveReadableErrors(t *testing.T) {
 	p := newPlatform(t)
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	port := ln.Addr().String()[strings.LastIndex(ln.Addr().String(), ":"):]
-	_ = ln.Close()
+	addr := need.Nobody(t)
+	port := addr[strings.LastIndex(addr, ":"):]
 	other := newAuthority(t, true)
 	plainHTTP := http.Server{Handler: http.NotFoundHandler()}
 	pl, err := net.Listen("tcp", "127.0.0.1:0")

@@ -5,13 +5,17 @@
 package need
 
 import (
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
 	goruntime "runtime"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
+
+	"golang.org/x/sys/unix"
 )
 
 func lack(t testing.TB, what, why string) {
@@ -87,4 +91,24 @@ func Dir(t testing.TB, what, dir, how string) {
 	if fi, err := os.Stat(dir); err != nil || !fi.IsDir() {
 		lack(t, what, dir+" is not there; "+how)
 	}
+}
+
+// Nobody is an address of this machine that refuses connections until the
+// test ends. The port of a listener that was closed would not do: a test
+// beside this one can be given it.
+func Nobody(t testing.TB) string {
+	t.Helper()
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = unix.Close(fd) })
+	if err := unix.Bind(fd, &unix.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}}); err != nil {
+		t.Fatal(err)
+	}
+	sa, err := unix.Getsockname(fd)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return net.JoinHostPort("127.0.0.1", strconv.Itoa(sa.(*unix.SockaddrInet4).Port))
 }
