@@ -293,6 +293,10 @@ func (r *repos) deploy(ctx context.Context, c *connection, d webhook.Delivery, a
 
 // tried says why a commit need not be built: it was, or is being built.
 func (r *repos) tried(ctx context.Context, app, ref, commit string, d webhook.Delivery) (string, error) {
+	// Asked first: a deploy records how it ended before its turn ends.
+	r.mu.Lock()
+	building := r.turns[app] != nil
+	r.mu.Unlock()
 	was, _, err := r.refs.Get(ctx, attemptKey(app, ref))
 	if err != nil && m3o.KindOf(err) != m3o.NotFound {
 		return "", err
@@ -308,13 +312,8 @@ func (r *repos) tried(ctx context.Context, app, ref, commit string, d webhook.De
 		return shortCommit(commit) + " failed before; m3o repo:deliveries --replay builds it again", nil
 	case was.State == "skipped" && !replayed:
 		return was.Note, nil
-	case was.State == "building":
-		r.mu.Lock()
-		building := r.turns[app] != nil
-		r.mu.Unlock()
-		if building {
-			return shortCommit(commit) + " is being built already", nil
-		}
+	case was.State == "building" && building:
+		return shortCommit(commit) + " is being built already", nil
 	}
 	_, err = r.refs.Put(ctx, attemptKey(app, ref), attempt{Ref: ref, Commit: commit, State: "building", At: time.Now().UTC()})
 	return "", err

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"io"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -205,5 +206,42 @@ func TestDeliveriesOfAnotherForge(t *testing.T) {
 	}
 	if l := s.d.repos.queue.List(s.hookID(), 10); len(l) != 1 || l[0].State != webhook.Done {
 		t.Errorf("deliveries %+v, want the one of connecting", l)
+	}
+}
+
+// TestCommitToldOfWhileItsDeployEndsIsNotBuiltAgain: a delivery that came just
+// as the deploy of its commit ended saw it neither as being built nor as live.
+func TestCommitToldOfWhileItsDeployEndsIsNotBuiltAgain(t *testing.T) {
+	s := newShop(t)
+	_, commit := s.push("first", "refs/heads/main")
+	s.connect(nil)
+	r, ref := s.d.repos, "refs/heads/main"
+	if _, err := r.refs.Put(t.Context(), attemptKey("app", ref), attempt{Ref: ref, Commit: commit, State: "building"}); err != nil {
+		t.Fatal(err)
+	}
+	turn := r.turn("app")
+	var why string
+	var wg sync.WaitGroup
+	r.mu.Lock() // stops it where it looks whether a deploy is under way
+	wg.Go(func() {
+		var err error
+		if why, err = r.tried(t.Context(), "app", ref, commit, webhook.Delivery{Tries: 1}); err != nil {
+			t.Error(err)
+		}
+	})
+	for range 100 { // long enough for what it does before
+		if _, _, err := r.refs.Get(t.Context(), attemptKey("app", ref)); err != nil {
+			t.Error(err)
+		}
+	}
+	if err := r.endAttempt(t.Context(), "app", attempt{Ref: ref, Commit: commit, State: "live"}); err != nil {
+		t.Error(err)
+	}
+	delete(r.turns, "app")
+	r.mu.Unlock()
+	wg.Wait()
+	turn.cancel(nil)
+	if why == "" {
+		t.Error("it would be built again")
 	}
 }
