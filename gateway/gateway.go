@@ -100,7 +100,7 @@ func (g *Gateway) schema(api *m3o.API) (*set, error) {
 		return nil, &problem{http: http.StatusNotImplemented, grpc: codes.Unimplemented,
 			detail: "app " + api.App + " has no schema, so JSON cannot be turned into its messages: register gRPC reflection in its server, then deploy again"}
 	}
-	s, err := g.schemas.load(api.Schema)
+	s, err := g.schemas.load(api.Schema, api.Strict)
 	if err != nil {
 		g.log.Warn("schema is unreadable", "app", api.App, "file", api.Schema, "err", err)
 		return nil, &problem{http: http.StatusServiceUnavailable, grpc: codes.Unavailable, detail: "the schema of app " + api.App + " cannot be read; deploy it again"}
@@ -186,7 +186,7 @@ func (g *Gateway) plain(w http.ResponseWriter, r *http.Request, t *target, up ht
 	if err != nil {
 		return err
 	}
-	c := &plainCall{g: g, w: w, r: r, strict: t.api.Strict}
+	c := &plainCall{g: g, w: w, r: r}
 	if c.m = s.methods[t.path]; c.m == nil && !t.any {
 		// A route of the app's own choice goes before the names we understand.
 		if c.b, c.vals, err = s.route(r.Method, r.URL.EscapedPath()); err != nil {
@@ -214,13 +214,12 @@ func (g *Gateway) plain(w http.ResponseWriter, r *http.Request, t *target, up ht
 
 // plainCall is a call by plain HTTP.
 type plainCall struct {
-	g      *Gateway
-	w      http.ResponseWriter
-	r      *http.Request
-	m      *method
-	b      *binding // the route that was taken, nil for none
-	vals   []string // of its variables
-	strict bool
+	g    *Gateway
+	w    http.ResponseWriter
+	r    *http.Request
+	m    *method
+	b    *binding // the route that was taken, nil for none
+	vals []string // of its variables
 }
 
 // call sends one message and answers with what comes back. An error it returns
@@ -230,9 +229,9 @@ func (c *plainCall) call(up http.RoundTripper) error {
 	var msg []byte
 	var err error
 	if c.b != nil {
-		msg, err = c.b.input(g, w, r, c.vals, c.strict)
+		msg, err = c.b.input(g, w, r, c.vals)
 	} else {
-		msg, err = g.input(w, r, m, c.strict)
+		msg, err = g.input(w, r, m)
 	}
 	if err != nil {
 		return err

@@ -302,8 +302,9 @@ func front(t testing.TB, cfg Config) string {
 			host, path, _ := strings.Cut(rest, "/")
 			r.Host, r.URL.Path = host, "/app/"+path
 		}
-		r.URL.Path, r.URL.RawPath = strings.TrimPrefix(r.URL.Path, "/app"), strings.TrimPrefix(r.URL.RawPath, "/app")
-		g.ServeApp(w, r, &m3o.API{App: "helloworld", Schema: file}, up)
+		path, strict := strings.CutPrefix(r.URL.Path, "/strict")
+		r.URL.Path, r.URL.RawPath = strings.TrimPrefix(path, "/app"), strings.TrimPrefix(r.URL.RawPath, "/app")
+		g.ServeApp(w, r, &m3o.API{App: "helloworld", Schema: file, Strict: strict}, up)
 	}))
 	t.Cleanup(srv.Close)
 	return srv.URL
@@ -558,7 +559,7 @@ func TestReflect(t *testing.T) {
 			t.Errorf("%s is missing", f.GetName())
 		}
 	}
-	s, err := compile(fds)
+	s, err := compile(fds, false)
 	if err != nil || s.methods["/shop.v1.Helloworld/Call"] == nil || len(s.list) != 7 {
 		t.Errorf("%v, %d methods", err, len(s.list))
 	}
@@ -602,7 +603,7 @@ func (a alphaOnly) RegisterService(d *grpc.ServiceDesc, impl any) {
 
 func FuzzResolve(f *testing.F) {
 	fds, _ := compileShop(f)
-	s, err := compile(fds)
+	s, err := compile(fds, false)
 	if err != nil {
 		f.Fatal(err)
 	}
@@ -622,7 +623,7 @@ func FuzzResolve(f *testing.F) {
 
 func FuzzForm(f *testing.F) {
 	fds, _ := compileShop(f)
-	s, err := compile(fds)
+	s, err := compile(fds, false)
 	if err != nil {
 		f.Fatal(err)
 	}

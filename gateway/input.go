@@ -28,7 +28,7 @@ const (
 
 // input is the request message of r on the wire, behind room for its prefix: the
 // query, then the body on top of it.
-func (g *Gateway) input(w http.ResponseWriter, r *http.Request, m *method, strict bool) ([]byte, error) {
+func (g *Gateway) input(w http.ResponseWriter, r *http.Request, m *method) ([]byte, error) {
 	body, err := g.body(w, r)
 	if err != nil {
 		return nil, err
@@ -55,20 +55,20 @@ func (g *Gateway) input(w http.ResponseWriter, r *http.Request, m *method, stric
 	if len(body) == 0 {
 		body = []byte("{}")
 	}
-	if r.URL.RawQuery == "" && !form && boundary == "" && !strict {
+	if r.URL.RawQuery == "" && !form && boundary == "" {
 		return g.bounded(m.in.toWire(make([]byte, prefixLen, prefixLen+len(body)+16), body))
 	}
-	c := &generic{desc: m.desc.Input(), types: m.types, strict: strict}
+	c := &generic{desc: m.desc.Input(), types: m.types, strict: m.strict}
 	msg := dynamicpb.NewMessage(c.desc)
-	if err := fill(msg, r.URL.RawQuery, m.types, strict); err != nil {
+	if err := fill(msg, r.URL.RawQuery, m.types, m.strict); err != nil {
 		return nil, err
 	}
 	if boundary != "" {
-		if err := fillParts(msg, multipart.NewReader(bytes.NewReader(body), boundary), m.types, strict); err != nil {
+		if err := fillParts(msg, multipart.NewReader(bytes.NewReader(body), boundary), m.types, m.strict); err != nil {
 			return nil, err
 		}
 	} else if form {
-		if err := fill(msg, string(body), m.types, strict); err != nil {
+		if err := fill(msg, string(body), m.types, m.strict); err != nil {
 			return nil, err
 		}
 	} else {
@@ -238,7 +238,7 @@ func set1(msg protoreflect.Message, path []string, v string, types *dynamicpb.Ty
 			if err != nil {
 				return err
 			}
-			val, err := value(fd.MapValue(), msg.NewField(fd).Map().NewValue, v, types)
+			val, err := value(fd.MapValue(), msg.NewField(fd).Map().NewValue, v, types, strict)
 			if err != nil {
 				return err
 			}
@@ -248,14 +248,14 @@ func set1(msg protoreflect.Message, path []string, v string, types *dynamicpb.Ty
 			if len(rest) != 0 {
 				return errors.New("a list of messages is sent as JSON")
 			}
-			val, err := value(fd, msg.NewField(fd).List().NewElement, v, types)
+			val, err := value(fd, msg.NewField(fd).List().NewElement, v, types, strict)
 			if err != nil {
 				return err
 			}
 			msg.Mutable(fd).List().Append(val)
 			return nil
 		case len(rest) == 0:
-			val, err := value(fd, func() protoreflect.Value { return msg.NewField(fd) }, v, types)
+			val, err := value(fd, func() protoreflect.Value { return msg.NewField(fd) }, v, types, strict)
 			if err != nil {
 				return err
 			}
@@ -271,11 +271,11 @@ func set1(msg protoreflect.Message, path []string, v string, types *dynamicpb.Ty
 
 // value parses v as one value of fd. A message is its JSON form, for which the
 // text itself may stand: a timestamp, a duration, a wrapper.
-func value(fd protoreflect.FieldDescriptor, fresh func() protoreflect.Value, v string, types *dynamicpb.Types) (protoreflect.Value, error) {
+func value(fd protoreflect.FieldDescriptor, fresh func() protoreflect.Value, v string, types *dynamicpb.Types, strict bool) (protoreflect.Value, error) {
 	if fd.Message() == nil {
 		return scalar(fd, v)
 	}
-	opts := protojson.UnmarshalOptions{DiscardUnknown: true, Resolver: types, RecursionLimit: maxNesting}
+	opts := protojson.UnmarshalOptions{DiscardUnknown: !strict, Resolver: types, RecursionLimit: maxNesting}
 	var first error
 	for _, text := range []string{v, strconv.Quote(v)} {
 		val := fresh()

@@ -68,8 +68,9 @@ func (c fast) toJSON(dst, wire []byte) ([]byte, error) {
 
 // planner makes each plan once; types refer to each other and to themselves.
 type planner struct {
-	types *dynamicpb.Types
-	plans map[protoreflect.FullName]*plan
+	types  *dynamicpb.Types
+	strict bool
+	plans  map[protoreflect.FullName]*plan
 }
 
 const maxFast = 64 // fields of a message: one bit each
@@ -78,7 +79,7 @@ func (p *planner) plan(md protoreflect.MessageDescriptor) *plan {
 	if pl := p.plans[md.FullName()]; pl != nil {
 		return pl
 	}
-	pl := &plan{generic: &generic{desc: md, types: p.types}, byName: map[string]*field{}, byNum: map[protowire.Number]*field{}}
+	pl := &plan{generic: &generic{desc: md, types: p.types, strict: p.strict}, byName: map[string]*field{}, byNum: map[protowire.Number]*field{}}
 	p.plans[md.FullName()] = pl
 	fields := md.Fields()
 	if md.ParentFile().Syntax() != protoreflect.Proto3 || wellKnown(md) != "" || md.IsPlaceholder() || md.ExtensionRanges().Len() > 0 || fields.Len() > maxFast || md.Oneofs().Len() > maxFast {

@@ -7,13 +7,14 @@ import (
 	"testing"
 
 	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/reflect/protoreflect"
 	"google.golang.org/protobuf/types/dynamicpb"
 )
 
 func codecs(t testing.TB) (*plan, *generic) {
 	t.Helper()
 	fds, _ := compileShop(t)
-	s, err := compile(fds)
+	s, err := compile(fds, false)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -41,6 +42,9 @@ func bothWays(t *testing.T, p *plan, g *generic, text []byte) {
 	wire, err := p.object(&d, nil, 0)
 	if err != nil || !d.end() {
 		return // the generic codec's
+	}
+	if _, err := (&generic{desc: g.desc, types: g.types, strict: true}).toWire(nil, text); p.generic.strict && err != nil {
+		t.Errorf("%q is refused where unknown fields are: %v", text, err)
 	}
 	want, err := g.toWire(nil, text)
 	if err != nil {
@@ -87,10 +91,14 @@ func back(t *testing.T, p *plan, g *generic, wire []byte) {
 
 func FuzzJSONToWire(f *testing.F) {
 	p, g := codecs(f)
+	strict := (&planner{types: g.types, strict: true, plans: map[protoreflect.FullName]*plan{}}).plan(g.desc)
 	for _, s := range someJSON {
 		f.Add([]byte(s))
 	}
-	f.Fuzz(func(t *testing.T, b []byte) { bothWays(t, p, g, b) })
+	f.Fuzz(func(t *testing.T, b []byte) {
+		bothWays(t, p, g, b)
+		bothWays(t, strict, g, b)
+	})
 }
 
 func FuzzWireToJSON(f *testing.F) {

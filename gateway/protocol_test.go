@@ -90,6 +90,7 @@ func TestWebSocketCloses(t *testing.T) {
 	}{
 		"the app's error":    {"Stream", masked(0x81, `{"name":"gone","count":1}`), 4005, "gone"},
 		"bad JSON":           {"Chat", masked(0x81, `{"count":"x"}`), 4003, "count"},
+		"strict":             {"Chat", masked(0x81, `{"nope":1}`), 4003, "nope"},
 		"binary":             {"Chat", masked(0x82, `x`), wsNotText, "JSON"},
 		"not UTF-8":          {"Chat", masked(0x81, "\xff"), wsNotUTF8, "UTF-8"},
 		"no mask":            {"Chat", "\x81\x00", wsProtocol, "mask"},
@@ -105,7 +106,11 @@ func TestWebSocketCloses(t *testing.T) {
 				t.Fatal(err)
 			}
 			defer c.Close() //nolint:errcheck // a test
-			_, _ = io.WriteString(c, "GET /app/shop.v1.Helloworld/"+tc.path+" HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n"+tc.send)
+			base := "/app"
+			if name == "strict" {
+				base = "/strict"
+			}
+			_, _ = io.WriteString(c, "GET "+base+"/shop.v1.Helloworld/"+tc.path+" HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n"+tc.send)
 			br := bufio.NewReader(c)
 			res, err := http.ReadResponse(br, nil)
 			if err != nil || res.StatusCode != 101 {
@@ -237,7 +242,7 @@ func FuzzSocket(f *testing.F) {
 
 func FuzzTemplate(f *testing.F) {
 	fds, _ := compileShop(f)
-	s, err := compile(fds)
+	s, err := compile(fds, false)
 	if err != nil {
 		f.Fatal(err)
 	}

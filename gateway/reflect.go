@@ -49,7 +49,7 @@ func Reflect(ctx context.Context, addr string) (*descriptorpb.FileDescriptorSet,
 		if err != nil {
 			return nil, fmt.Errorf("reflect %s: %w", addr, err)
 		}
-		if _, err := compile(fds); err != nil {
+		if _, err := compile(fds, false); err != nil {
 			return nil, &m3o.Error{Kind: m3o.Invalid, Msg: "the app's gRPC reflection describes no valid schema", Err: err}
 		}
 		return fds, nil

@@ -28,7 +28,7 @@ func (g *Gateway) reflects(api *m3o.API, path string) bool {
 	if path != reflectionV1 && path != reflectionAlpha || api.Schema == "" {
 		return false
 	}
-	s, err := g.schemas.load(api.Schema)
+	s, err := g.schemas.load(api.Schema, api.Strict)
 	return err == nil && s.methods[path] == nil
 }
 

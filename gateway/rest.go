@@ -276,13 +276,13 @@ func (s *set) route(verb, escaped string) (*binding, []string, error) {
 }
 
 // input is the request message of r behind room for its prefix, by the route b.
-func (b *binding) input(g *Gateway, w http.ResponseWriter, r *http.Request, vals []string, strict bool) ([]byte, error) {
+func (b *binding) input(g *Gateway, w http.ResponseWriter, r *http.Request, vals []string) ([]byte, error) {
 	m := b.m
 	body, err := g.body(w, r)
 	if err != nil {
 		return nil, err
 	}
-	c := &generic{desc: m.desc.Input(), types: m.types, strict: strict}
+	c := &generic{desc: m.desc.Input(), types: m.types, strict: m.strict}
 	msg := dynamicpb.NewMessage(m.desc.Input())
 	raw := rawBody(m.desc.Input(), b.body)
 	switch {
@@ -314,7 +314,7 @@ func (b *binding) input(g *Gateway, w http.ResponseWriter, r *http.Request, vals
 		}
 	}
 	if b.body != "*" {
-		if err := fill(msg, r.URL.RawQuery, m.types, strict); err != nil {
+		if err := fill(msg, r.URL.RawQuery, m.types, m.strict); err != nil {
 			return nil, err
 		}
 	}

@@ -40,19 +40,22 @@ type method struct {
 	desc    protoreflect.MethodDescriptor
 	in, out codec
 	safe    bool // declared to have no side effects
+	strict  bool // fields that its messages lack are refused, not ignored
 	service string
 	types   *dynamicpb.Types
 }
 
 // compile makes a set of what a FileDescriptorSet describes. Files it refers
-// to but lacks are tolerated: only what needs them cannot be turned.
-func compile(fds *descriptorpb.FileDescriptorSet) (s *set, err error) {
+// to but lacks are tolerated: only what needs them cannot be turned. strict is
+// whether input with fields that a message lacks is refused, in whatever protocol
+// it comes.
+func compile(fds *descriptorpb.FileDescriptorSet, strict bool) (s *set, err error) {
 	files, err := protodesc.FileOptions{AllowUnresolvable: true}.NewFiles(fds)
 	if err != nil {
 		return nil, fmt.Errorf("compile schema: %w", err)
 	}
 	types := dynamicpb.NewTypes(files)
-	plans := &planner{types: types, plans: map[protoreflect.FullName]*plan{}}
+	plans := &planner{types: types, strict: strict, plans: map[protoreflect.FullName]*plan{}}
 	s = &set{methods: map[string]*method{}, files: files, types: types}
 	files.RangeFiles(func(fd protoreflect.FileDescriptor) bool {
 		for i := range fd.Services().Len() {
@@ -60,7 +63,7 @@ func compile(fds *descriptorpb.FileDescriptorSet) (s *set, err error) {
 			for j := range sd.Methods().Len() {
 				md := sd.Methods().Get(j)
 				m := &method{
-					path: "/" + string(sd.FullName()) + "/" + string(md.Name()), desc: md, service: string(sd.FullName()), types: types,
+					path: "/" + string(sd.FullName()) + "/" + string(md.Name()), desc: md, service: string(sd.FullName()), types: types, strict: strict,
 					in: fast{plans.plan(md.Input())}, out: fast{plans.plan(md.Output())},
 				}
 				if o, ok := md.Options().(*descriptorpb.MethodOptions); ok {
@@ -80,10 +83,15 @@ func compile(fds *descriptorpb.FileDescriptorSet) (s *set, err error) {
 	return s, nil
 }
 
-// schemas keeps compiled sets by file.
+// schemas keeps compiled sets.
 type schemas struct {
-	mu     sync.Mutex // guards byFile
-	byFile map[string]*entry
+	mu    sync.Mutex // guards byKey
+	byKey map[schemaKey]*entry
+}
+
+type schemaKey struct {
+	file   string
+	strict bool
 }
 
 type entry struct {
@@ -92,36 +100,37 @@ type entry struct {
 	err  error
 }
 
-func (c *schemas) load(file string) (*set, error) {
+func (c *schemas) load(file string, strict bool) (*set, error) {
+	key := schemaKey{file, strict}
 	c.mu.Lock()
-	e := c.byFile[file]
+	e := c.byKey[key]
 	if e == nil {
-		if c.byFile == nil {
-			c.byFile = map[string]*entry{}
+		if c.byKey == nil {
+			c.byKey = map[schemaKey]*entry{}
 		}
-		for f := range c.byFile { // any: they are quickly made again
-			if len(c.byFile) < maxSchemas {
+		for k := range c.byKey { // any: they are quickly made again
+			if len(c.byKey) < maxSchemas {
 				break
 			}
-			delete(c.byFile, f)
+			delete(c.byKey, k)
 		}
 		e = &entry{}
-		c.byFile[file] = e
+		c.byKey[key] = e
 	}
 	c.mu.Unlock()
-	e.once.Do(func() { e.set, e.err = readSet(file) })
+	e.once.Do(func() { e.set, e.err = readSet(key) })
 	if e.err != nil {
 		c.mu.Lock()
-		if c.byFile[file] == e {
-			delete(c.byFile, file) // it may be there next time
+		if c.byKey[key] == e {
+			delete(c.byKey, key) // it may be there next time
 		}
 		c.mu.Unlock()
 	}
 	return e.set, e.err
 }
 
-func readSet(file string) (*set, error) {
-	f, err := os.Open(file)
+func readSet(key schemaKey) (*set, error) {
+	f, err := os.Open(key.file)
 	if err != nil {
 		return nil, fmt.Errorf("read schema: %w", err)
 	}
@@ -131,13 +140,13 @@ func readSet(file string) (*set, error) {
 		return nil, fmt.Errorf("read schema: %w", err)
 	}
 	if len(b) > maxSchema {
-		return nil, fmt.Errorf("read schema: %s is larger than %d bytes", file, maxSchema)
+		return nil, fmt.Errorf("read schema: %s is larger than %d bytes", key.file, maxSchema)
 	}
 	var fds descriptorpb.FileDescriptorSet
 	if err := proto.Unmarshal(b, &fds); err != nil {
 		return nil, fmt.Errorf("read schema: %w", err)
 	}
-	s, err := compile(&fds)
+	s, err := compile(&fds, key.strict)
 	if err != nil {
 		return nil, err
 	}

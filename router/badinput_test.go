@@ -67,7 +67,14 @@ func TestBadInputHasItsStatusAndCodeInEveryProtocol(t *testing.T) {
 		{"gRPC-Web: no base64", unary, "application/grpc-web-text", "!!!!", nil, 200, "ncnBjLXN0YXR1czogMw"},
 		{"gRPC-Web: unknown method", "UnaryCal", "application/grpc-web+proto", proto, nil, 200, "grpc-status: 12"},
 		{"strict JSON: unknown field", unary, "application/json", `{"nope":1}`, nil, 400, "nope"},
-		{"strict Connect: unknown field", unary, "application/json", `{"nope":1}`, map[string]string{"Connect-Protocol-Version": "1"}, 200, "v1"},
+		{"strict JSON: unknown field within a field", unary, "application/json", `{"payload":{"nope":1}}`, nil, 400, "nope"},
+		{"strict JSON: unknown field in a query's message", unary + "?payload=%7B%22nope%22:1%7D", "application/json", `{}`, nil, 400, "nope"},
+		{"Connect: unknown field", unary, "application/json", `{"nope":1}`, map[string]string{"Connect-Protocol-Version": "1"}, 200, "v1"},
+		{"Connect stream: unknown field", stream, "application/connect+json", frame(`{"nope":1}`), nil, 200, "\x02\x00\x00\x00\x02{}"},
+		{"strict Connect: unknown field", unary, "application/json", `{"nope":1}`, map[string]string{"Connect-Protocol-Version": "1"}, 400, `"code":"invalid_argument"`},
+		{"strict Connect stream: unknown field", stream, "application/connect+json", frame(`{"nope":1}`), nil, 200, `"code":"invalid_argument"`},
+		{"strict gRPC-Web: unknown field", unary, "application/grpc-web+json", frame(`{"nope":1}`), nil, 200, "grpc-status: 3"},
+		{"strict Connect: unknown field of the wire", unary, "application/proto", "\xf8\x7f\x01", nil, 200, "v1"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			f.ways(t, func(t *testing.T, c *http.Client, scheme string) {

@@ -13,7 +13,8 @@ import (
 	"golang.org/x/net/http/httpguts"
 )
 
-// guardConn stands between a client's HTTP/1.1 connection and net/http. It
+// guardConn stands between a client's connection and net/http. In HTTP/2 it ends
+// floods: see calm. In HTTP/1.1 it
 // follows the framing of the requests and refuses what net/http tolerates but
 // two parties may read differently, which is what request smuggling lives on:
 // Content-Length beside Transfer-Encoding, either one repeated, a
@@ -24,6 +25,7 @@ type guardConn struct {
 	net.Conn
 	lim   *limits
 	frame framing
+	calm  *calm // of HTTP/2, nil otherwise
 	err   error // what Read returns from now on, once poison is out
 
 	waited time.Duration // time spent waiting for the current body
@@ -73,8 +75,11 @@ func (c *guardConn) Read(p []byte) (int, error) {
 	c.mu.Lock()
 	pass := c.pass
 	c.mu.Unlock()
-	if pass || c.frame.state == opaque || len(p) == 0 {
+	if pass || len(p) == 0 {
 		return c.read(p, time.Time{})
+	}
+	if c.frame.state == opaque {
+		return c.readH2(p)
 	}
 	if len(p) == 1 && !c.frame.inBody() && !c.look() {
 		return 0, os.ErrDeadlineExceeded
@@ -87,7 +92,15 @@ func (c *guardConn) Read(p []byte) (int, error) {
 		c.waited, c.got = 0, 0
 		n, err = c.read(p, time.Time{})
 	}
+	before := len(c.frame.part)
 	good, bad := c.frame.feed(p[:n])
+	if c.frame.state == opaque {
+		if c.calm == nil {
+			c.calm = newCalm(c.lim.Header) // nothing is written before this
+		}
+		c.calm.skip -= before
+		return c.follow(p[:n], err)
+	}
 	if bad == nil {
 		return n, err
 	}
@@ -99,6 +112,24 @@ func (c *guardConn) Read(p []byte) (int, error) {
 		return 0, bad
 	}
 	return good + copy(p[good:], poison), nil
+}
+
+func (c *guardConn) readH2(p []byte) (int, error) {
+	n, err := c.read(p, time.Time{})
+	return c.follow(p[:n], err)
+}
+
+// follow counts what was read of HTTP/2.
+func (c *guardConn) follow(p []byte, err error) (int, error) {
+	if c.calm.read(p) {
+		return len(p), err
+	}
+	c.wmu.Lock()
+	c.armed = never // the deadline is the good-bye's
+	c.wmu.Unlock()
+	c.calm.end(c.Conn)
+	c.err = errFlood
+	return 0, c.err
 }
 
 // lookAfter is how long a request may take before it matters that its client
@@ -204,6 +235,9 @@ func (c *guardConn) Write(p []byte) (int, error) {
 		_ = c.Conn.SetWriteDeadline(now.Add(c.lim.BodyIdle))
 	}
 	c.wmu.Unlock()
+	if c.calm != nil {
+		return c.calm.write(c.Conn, p)
+	}
 	return c.Conn.Write(p)
 }
 

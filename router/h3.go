@@ -79,7 +79,12 @@ func (h idleBounds) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if r.Body != nil && r.Body != http.NoBody {
 		r.Body = &idleBody{ReadCloser: r.Body, rc: rc, limit: h.rt.limits.BodyIdle}
 	}
-	h.rt.ServeHTTP(&idleWriter{ResponseWriter: w, rc: rc, limit: h.rt.limits.BodyIdle}, r)
+	iw := &idleWriter{ResponseWriter: w, rc: rc, limit: h.rt.limits.BodyIdle}
+	h.rt.ServeHTTP(iw, r)
+	if iw.failed {
+		// Half an answer that ends where a frame does would look like a whole one.
+		panic(http.ErrAbortHandler)
+	}
 }
 
 type idleBody struct {
@@ -95,14 +100,17 @@ func (b *idleBody) Read(p []byte) (int, error) {
 
 type idleWriter struct {
 	http.ResponseWriter
-	rc    *http.ResponseController
-	limit time.Duration
+	rc     *http.ResponseController
+	limit  time.Duration
+	failed bool
 }
 
 // Write implements http.ResponseWriter.
 func (w *idleWriter) Write(p []byte) (int, error) {
 	_ = w.rc.SetWriteDeadline(time.Now().Add(w.limit)) // as above
-	return w.ResponseWriter.Write(p)
+	n, err := w.ResponseWriter.Write(p)
+	w.failed = w.failed || err != nil && !errors.Is(err, http.ErrBodyNotAllowed)
+	return n, err
 }
 
 // Flush implements http.Flusher.

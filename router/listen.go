@@ -116,14 +116,15 @@ func (l *plainListener) Accept() (net.Conn, error) {
 // kernel's queue.
 const maxHandshakes = 1024
 
-// tlsListener does the handshakes itself, so that HTTP/1.1 inside TLS can be
-// guarded: net/http sees a *tls.Conn only where HTTP/2 was agreed on.
+// tlsListener does the handshakes itself, so that what is inside TLS can be
+// guarded: net/http sees no *tls.Conn, which is why it is not asked for HTTP/2.
 type tlsListener struct {
 	net.Listener
 	gate  *gate
 	lim   *limits
 	cfg   *tls.Config
 	log   *slog.Logger
+	h2    func(net.Conn) // serves a connection where HTTP/2 was agreed on
 	ready chan net.Conn
 	done  chan struct{}
 	once  sync.Once
@@ -223,12 +224,14 @@ func (l *tlsListener) handshake(ctx context.Context, raw net.Conn) {
 		_ = tc.Close() // the handshake was all the CA wanted to see
 		return
 	}
-	var c net.Conn = tc
-	if tc.ConnectionState().NegotiatedProtocol != "h2" {
-		g := newGuard(tc, l.lim)
-		g.frame.noH2 = true
-		c = &tlsGuardConn{guardConn: g, tls: tc}
+	g := newGuard(tc, l.lim)
+	c := &tlsGuardConn{guardConn: g, tls: tc}
+	if tc.ConnectionState().NegotiatedProtocol == "h2" {
+		g.calm = newCalm(l.lim.Header)
+		l.h2(c)
+		return
 	}
+	g.frame.noH2 = true
 	select {
 	case l.ready <- c:
 	case <-l.done:

@@ -449,8 +449,8 @@ func (rt *Router) Status() Status {
 // flight end for up to Limits.Grace, WebSockets at once with close 1001, cuts
 // the rest politely and returns when all has ended. Control stops first.
 func (rt *Router) Run(ctx context.Context) error {
-	srvs := servers{rt.server(rt)}
-	srv := srvs[0]
+	srv := rt.server(rt)
+	srvs := servers{srv}
 
 	serve, fail := context.WithCancelCause(ctx)
 	defer fail(nil)
@@ -480,6 +480,7 @@ func (rt *Router) Run(ctx context.Context) error {
 		ln := newTLSListener(rt.cfg.HTTPS, gate, rt.limits, &tls.Config{
 			GetCertificate: rt.certs.get, NextProtos: []string{"h2", "http/1.1", alpnProto}, MinVersion: tls.VersionTLS12,
 		}, rt.log)
+		ln.h2 = srv.serveH2
 		lns = append(lns, ln)
 		stopAccepting = append(stopAccepting, ln.end)
 		start("accept https", ln.run)
