@@ -48,8 +48,8 @@ func (d *Daemon) allLinks(ctx context.Context, app string) ([]link, error) {
 	return all, nil
 }
 
-// applyLinks has the driver allow what the records say, for previews what they say of
-// their app, and nothing else.
+// applyLinks has the driver allow what the records say, and nothing else. Who
+// enforces it lets a preview reach what its app may: see m3o.ParentOf.
 func (d *Daemon) applyLinks(ctx context.Context) error {
 	dr, ok := d.driver.(linker)
 	if !ok {
@@ -64,16 +64,6 @@ func (d *Daemon) applyLinks(ctx context.Context) error {
 	allowed := map[string][]string{}
 	for _, l := range all {
 		allowed[l.From] = append(allowed[l.From], l.To)
-	}
-	apps, err := d.ledger.Apps(ctx)
-	if err != nil {
-		return err
-	}
-	for _, app := range apps {
-		// A preview reaches the live siblings that its app does.
-		if app.Parent != "" {
-			allowed[app.Name] = append(slices.Clone(allowed[app.Parent]), allowed[app.Name]...)
-		}
 	}
 	err = dr.SetLinks(allowed)
 	if err == nil {

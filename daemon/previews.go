@@ -178,10 +178,8 @@ func (r *repos) ensurePreview(ctx context.Context, app string, p preview) error 
 	if err != nil && m3o.KindOf(err) != m3o.Conflict {
 		return err
 	}
-	if _, err = r.previews.Put(ctx, p.Name, p); err != nil {
-		return err
-	}
-	return r.d.applyLinks(ctx)
+	_, err = r.previews.Put(ctx, p.Name, p)
+	return err
 }
 
 // configure gives a preview the variables of its app that are no secrets (all

@@ -49,6 +49,11 @@ func TestLinkOpensOneDirectionAndNothingElse(t *testing.T) {
 	if got := runOnce(t, d, w, "dial", hello.Addr); got != hello.Addr+" open\n" {
 		t.Errorf("from a one-off: %s", got)
 	}
+	preview := w
+	preview.App = "pr-7--other" // it may what its app may
+	if got := runOnce(t, d, preview, "dial", hello.Addr); got != hello.Addr+" open\n" {
+		t.Errorf("from a preview: %s", got)
+	}
 	third := w
 	third.App = "third"
 	if got := runOnce(t, d, third, "dial", hello.Addr); got != hello.Addr+" timeout\n" {
