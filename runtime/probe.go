@@ -100,9 +100,36 @@ func step(ctx context.Context, within time.Duration, ask func(context.Context) (
 	return ask(ctx)
 }
 
-func accepts(ctx context.Context, addr string) error {
+// dial connects to an instance, which may be a moment old.
+func dial(ctx context.Context, network, addr string) (net.Conn, error) {
 	var d net.Dialer
-	c, err := d.DialContext(ctx, "tcp", addr)
+	return redial(ctx, func(ctx context.Context) (net.Conn, error) { return d.DialContext(ctx, network, addr) })
+}
+
+// The first packet to a network device that has just come up can be lost, and
+// TCP sends it again only after a second.
+const (
+	firstDial = 30 * time.Millisecond
+	lastDial  = time.Second
+)
+
+// redial dials, and dials again, with ever more patience, while nothing comes
+// back at all.
+func redial(ctx context.Context, dial func(context.Context) (net.Conn, error)) (net.Conn, error) {
+	for wait := firstDial; wait < lastDial; wait *= 2 {
+		dctx, cancel := context.WithTimeout(ctx, wait)
+		c, err := dial(dctx)
+		late := dctx.Err() != nil
+		cancel()
+		if err == nil || !late || ctx.Err() != nil {
+			return c, err
+		}
+	}
+	return dial(ctx)
+}
+
+func accepts(ctx context.Context, addr string) error {
+	c, err := dial(ctx, "tcp", addr)
 	if err != nil {
 		return describe(err)
 	}
@@ -129,6 +156,7 @@ func isTimeout(err error) bool {
 // client returns a client for one answer; finish must be called after it.
 func client(h2 bool) (c *http.Client, finish func()) {
 	t := &http.Transport{
+		DialContext:            dial,
 		Protocols:              new(http.Protocols),
 		DisableKeepAlives:      !h2, // HTTP/2 needs the connection beyond the request
 		MaxResponseHeaderBytes: 64 << 10,
@@ -169,8 +197,7 @@ func healthyPath(ctx context.Context, addr, path string) error {
 // anyAnswer is by hand: net/http writes to the standard logger when a server
 // that speaks something else says it first.
 func anyAnswer(ctx context.Context, addr string) error {
-	var d net.Dialer
-	c, err := d.DialContext(ctx, "tcp", addr)
+	c, err := dial(ctx, "tcp", addr)
 	if err != nil {
 		return describe(err)
 	}

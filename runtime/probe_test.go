@@ -2,12 +2,15 @@ package runtime
 
 import (
 	"context"
+	"errors"
 	"io"
 	"net"
 	"net/http"
 	"net/http/httptest"
 	"strings"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
@@ -132,6 +135,39 @@ func FuzzServingStatus(f *testing.F) {
 	f.Fuzz(func(t *testing.T, b []byte) {
 		if n, err := servingStatus(b); err != nil && n != 0 {
 			t.Errorf("servingStatus(%x) = %d, %v", b, n, err)
+		}
+	})
+}
+
+// A packet lost on the way to a device that has just come up held the start of
+// an instance up for the second that TCP waits before it sends another.
+func TestLostFirstPacketDoesNotCostASecond(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		began, tries := time.Now(), 0
+		lost := func(ctx context.Context) (net.Conn, error) {
+			if tries++; tries <= 2 {
+				<-ctx.Done()
+				return nil, ctx.Err()
+			}
+			c, _ := net.Pipe()
+			return c, nil
+		}
+		c, err := redial(t.Context(), lost)
+		if err != nil || time.Since(began) != 3*firstDial {
+			t.Fatalf("after %d tries and %v: %v", tries, time.Since(began), err)
+		}
+		_ = c.Close()
+		// Who answers that nobody listens is believed, who does not answer is waited for.
+		refused := errors.New("refused")
+		tries = 0
+		if _, err := redial(t.Context(), func(context.Context) (net.Conn, error) { tries++; return nil, refused }); err != refused || tries != 1 {
+			t.Errorf("refused: %v after %d tries", err, tries)
+		}
+		ctx, cancel := context.WithTimeout(t.Context(), probeTimeout)
+		defer cancel()
+		began = time.Now()
+		if _, err := redial(ctx, func(ctx context.Context) (net.Conn, error) { <-ctx.Done(); return nil, ctx.Err() }); !errors.Is(err, context.DeadlineExceeded) || time.Since(began) != probeTimeout {
+			t.Errorf("no answer: %v after %v", err, time.Since(began))
 		}
 	})
 }
