@@ -299,6 +299,7 @@ func (r *Reconciler) remove(ctx context.Context, in *instance, exit Exit) {
 		close(r.gone)
 		r.gone = make(chan struct{})
 	})
+	r.look() // who must not meet it can come now
 	r.log.Info("instance stopped", "instance", in.ID, "exit", exit.Code)
 }
 

@@ -304,6 +304,7 @@ func (r *Reconciler) run(ctx context.Context, nothing bool) error {
 			in := r.have[id]
 			in.stopped = true
 			close(in.stop)
+			r.look() // one that goes makes room for another
 		}
 		var unkept []*instance
 		for _, in := range r.have {

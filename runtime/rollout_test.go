@@ -91,6 +91,36 @@ func TestWorkloadsWithMountsNeverRunTwice(t *testing.T) {
 	}
 }
 
+// A restart of an app stood still for up to five seconds after each instance it
+// had replaced, and one with a volume was down as long.
+func TestReplacementGoesOnAtOnce(t *testing.T) {
+	for name, c := range map[string]struct {
+		replicas int
+		mounts   []Mount
+	}{"one by one": {4, nil}, "with a volume": {1, []Mount{{"/srv/data", "/data"}}}} {
+		t.Run(name, func(t *testing.T) {
+			inBubble(t, func(t *testing.T, r *Reconciler, p *puppet) {
+				w := Workload{Ref: web, Port: 8080, Mounts: c.mounts}
+				if err := r.Start(t.Context(), w, c.replicas); err != nil {
+					t.Fatal(err)
+				}
+				time.Sleep(time.Second)
+				w.Revision++
+				began := time.Now()
+				if err := r.Start(t.Context(), w, c.replicas); err != nil {
+					t.Fatal(err)
+				}
+				if _, err := WaitReplaced(t.Context(), bare{r}, web, w.Revision, c.replicas); err != nil {
+					t.Fatal(err)
+				}
+				if took := time.Since(began); took >= time.Second {
+					t.Errorf("it took %v", took)
+				}
+			})
+		})
+	}
+}
+
 func TestLivenessFailuresRestartTheInstance(t *testing.T) {
 	inBubble(t, func(t *testing.T, r *Reconciler, p *puppet) {
 		w := Workload{Ref: web, Port: 8080, Health: m3o.Health{Liveness: m3o.Check{Kind: "http", Period: time.Second, Failures: 2}}}
