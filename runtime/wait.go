@@ -54,13 +54,16 @@ func (r *Reconciler) Explain(id string) (Report, error) {
 // shownLines is how much of a failed instance's log an error carries.
 const shownLines = 20
 
+// askAgain is the pause before events that broke off are asked for again.
+const askAgain = 20 * time.Millisecond
+
 // WaitReady waits until n instances of r are ready and returns them, calling
 // onChange (which may be nil) for each change meanwhile. It gives up when an
 // instance ends a second time, so that one crash at start is forgiven, and when
 // r's health time-out (60 s by default) has passed. It then returns an
 // *m3o.Error of kind Invalid: its first line says what happened, in the words
 // of someone who wants to fix the app, and the last lines the instance logged
-// follow, indented, one a line.
+// follow, indented, one a line. Events that break off are asked for again.
 func WaitReady(ctx context.Context, d Driver, r Ref, n int, onChange func(m3o.Instance)) ([]m3o.Instance, error) {
 	return waitReady(ctx, d, r, n, func(m3o.Instance) bool { return true }, onChange)
 }
@@ -85,12 +88,17 @@ func waitReady(ctx context.Context, d Driver, r Ref, n int, counts func(m3o.Inst
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
-		for in, err := range d.Events(ctx) {
-			select {
-			case events <- event{in, err}:
-			case <-ctx.Done():
-				return
+		for again := true; again; {
+			again = false
+			for in, err := range d.Events(ctx) {
+				again = m3o.KindOf(err) == m3o.Unavailable
+				select {
+				case events <- event{in, err}:
+				case <-ctx.Done():
+					return
+				}
 			}
+			again = again && sleep(ctx, askAgain)
 		}
 	}()
 	defer func() { cancel(); <-done }()
@@ -110,6 +118,11 @@ func waitReady(ctx context.Context, d Driver, r Ref, n int, counts func(m3o.Inst
 		case <-late.C:
 			return nil, tooLate(ctx, d, r, all, time.Since(began).Round(time.Second))
 		case e := <-events:
+			if m3o.KindOf(e.err) == m3o.Unavailable { // all there are come again
+				clear(all)
+				listed = false
+				continue
+			}
 			if e.err != nil {
 				return nil, fmt.Errorf("wait for %s: %w", r, e.err)
 			}

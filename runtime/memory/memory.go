@@ -87,6 +87,15 @@ func (d *Driver) Serve(ctx context.Context) error { return d.Reconciler.Run(ctx)
 // Shutdown stops every instance. It must not be called while Serve runs.
 func (d *Driver) Shutdown(ctx context.Context) error { return d.StopAll(ctx) }
 
+// Kill ends an instance by surprise, as a SIGKILL from elsewhere would.
+func (d *Driver) Kill(instance string) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if h := d.live[instance]; h != nil {
+		_ = h.Signal(true) // it never fails
+	}
+}
+
 // Logs is runtime.Driver's.
 func (d *Driver) Logs(ctx context.Context, r runtime.Ref, lines int, follow bool) iter.Seq2[runtime.Line, error] {
 	return d.logs.Read(ctx, r, lines, follow)

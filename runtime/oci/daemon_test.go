@@ -5,6 +5,7 @@ package oci_test
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net/netip"
 	"os"
@@ -19,6 +20,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/m3o/m3o"
+	"github.com/m3o/m3o/internal/atomicfile"
 	"github.com/m3o/m3o/runtime"
 	"github.com/m3o/m3o/runtime/oci"
 )
@@ -117,10 +119,30 @@ DAEMON=$(cat $DIR/daemon.pid 2>/dev/null); for ID in "$@"; do :; done
 SHIM=$(cat $DIR/state/bundles/$ID/shim.pid); INSTANCE=$(cat $DIR/state/bundles/$ID/pid 2>/dev/null)
 once() { rm "$DIR/phase-$1" 2>/dev/null; }
 ` + script + "\n"
-	if err := os.WriteFile(path, []byte(text), 0o755); err != nil {
+	if err := atomicfile.Write(path, []byte(text), 0o755); err != nil {
 		t.Fatal(err)
 	}
 	r.cfg.Runc = path
+}
+
+// breakable has runc be where fail puts a script in its place, for a driver
+// that is open, until mend is called.
+func (r *rig) breakable(t *testing.T) (fail func(t *testing.T, script string), mend func()) {
+	t.Helper()
+	whole := *r
+	r.cfg.Runc = filepath.Join(filepath.Dir(r.cfg.Dir), "runc")
+	mend = func() {
+		next := r.cfg.Runc + "-next"
+		if err := errors.Join(os.Symlink(whole.cfg.Runc, next), os.Rename(next, r.cfg.Runc)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	mend()
+	return func(t *testing.T, script string) {
+		t.Helper()
+		broken := whole
+		broken.wrap(t, script)
+	}, mend
 }
 
 func (r rig) phase(t *testing.T, name string) {

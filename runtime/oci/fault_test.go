@@ -194,55 +194,6 @@ func TestExitWhileTheDaemonIsAwayKeepsItsCode(t *testing.T) {
 	}
 }
 
-func TestRuncFailureIsToldAndLeavesNothing(t *testing.T) {
-	for _, verb := range []string{"create", "start"} {
-		t.Run(verb, func(t *testing.T) {
-			r := newRig(t)
-			r.wrap(t, `[ $VERB = `+verb+` ] && { echo "no room on the moon" >&2; log=; for a; do [ "$log" = --log ] && echo "no room on the moon" >>$a; log=$a; done; exit 1; }
-exec "$R" "$@"`)
-			d := up(t, r)
-			w := r.workload("serve")
-			if err := d.Start(t.Context(), w, 1); err != nil {
-				t.Fatal(err)
-			}
-			_, err := runtime.WaitReady(t.Context(), d, w.Ref, 1, nil)
-			if m3o.KindOf(err) != m3o.Invalid || !strings.Contains(err.Error(), "web could not be started") || !strings.Contains(err.Error(), "no room on the moon") {
-				t.Errorf("WaitReady = %v", err)
-			}
-			if err := d.Stop(t.Context(), w.Ref); err != nil {
-				t.Fatal(err)
-			}
-			if left := r.leftovers(t); len(left) > 0 {
-				t.Errorf("left:\n%s", strings.Join(left, "\n"))
-			}
-		})
-	}
-}
-
-// The container's first process dies between create and start: its network
-// cannot be set up.
-func TestNetworkFailureAfterCreateLeavesNothing(t *testing.T) {
-	r := newRig(t)
-	r.wrap(t, `"$R" "$@"; e=$?
-[ $VERB = create ] && { pid=; for a; do [ "$pid" = --pid-file ] && kill -9 $(cat $a); pid=$a; done; }
-exit $e`)
-	d := up(t, r)
-	w := r.workload("serve")
-	if err := d.Start(t.Context(), w, 1); err != nil {
-		t.Fatal(err)
-	}
-	_, err := runtime.WaitReady(t.Context(), d, w.Ref, 1, nil)
-	if m3o.KindOf(err) != m3o.Invalid || !strings.Contains(err.Error(), "could not be started") {
-		t.Errorf("WaitReady = %v", err)
-	}
-	if err := d.Stop(t.Context(), w.Ref); err != nil {
-		t.Fatal(err)
-	}
-	if left := r.leftovers(t); len(left) > 0 {
-		t.Errorf("left:\n%s", strings.Join(left, "\n"))
-	}
-}
-
 func TestProgramThatIsNotThereIsTold(t *testing.T) {
 	r := newRig(t)
 	d := up(t, r)

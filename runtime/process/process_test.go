@@ -8,6 +8,8 @@ import (
 	"context"
 	"os"
 	"path/filepath"
+	"strconv"
+	"syscall"
 	"testing"
 
 	"github.com/m3o/m3o"
@@ -75,8 +77,43 @@ func TestDriver(t *testing.T) {
 					}
 				}
 				return left
+			},
+			Faults: runtimetest.Faults{
+				Kill: map[string]func(*testing.T, m3o.Instance){"instance": func(t *testing.T, in m3o.Instance) {
+					if err := syscall.Kill(r.pid(t, in.ID), syscall.SIGKILL); err != nil {
+						t.Fatal(err)
+					}
+				}},
+				Launch: map[string]func(*testing.T) (string, func()){"exec": func(t *testing.T) (string, func()) {
+					programs, err := filepath.Glob(filepath.Join(r.cfg.Dir, "images", "*", "server"))
+					if err != nil || len(programs) != 1 {
+						t.Fatalf("programs %q, %v", programs, err)
+					}
+					mode := func(m os.FileMode) {
+						if err := os.Chmod(programs[0], m); err != nil {
+							t.Fatal(err)
+						}
+					}
+					mode(0o600)
+					return "permission denied", func() { mode(0o755) }
+				}},
+				FullDisk: func(t *testing.T) func() { return runtimetest.FullDisk(t, filepath.Join(r.cfg.Dir, "logs")) },
 			}}
 	})
+}
+
+// pid is the process of an instance.
+func (r rig) pid(t *testing.T, id string) int {
+	t.Helper()
+	b, err := os.ReadFile(filepath.Join(r.cfg.Dir, "pids", id))
+	if err != nil {
+		t.Fatal(err)
+	}
+	pid, err := strconv.Atoi(string(b))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return pid
 }
 
 // An image must not write outside the directory it is unpacked to.

@@ -28,6 +28,7 @@ type Rig struct {
 	Leftovers func(t *testing.T) []string
 	Limits    bool // memory limits are enforced
 	OwnNet    bool // instances have a network namespace of their own
+	Faults    Faults
 }
 
 // patience bounds what should take a moment.
@@ -66,6 +67,13 @@ func Suite(t *testing.T, open func(t *testing.T) Rig) {
 		{"events come to every watcher", events},
 		{"instances are there after reopening", reopen},
 		{"twenty come and go without trace", twenty},
+		{"what is killed while it starts is started again", killedStarting},
+		{"what is killed while it is ready is ready again", killedReady},
+		{"what is killed while it ends has ended", killedDraining},
+		{"reopening in any phase", reopenedAnyTime},
+		{"a launch that fails is told and tried again", launchFails},
+		{"a full disk takes log lines and nothing else", diskFull},
+		{"a restart of the machine brings everything back", rebooted},
 	}
 	for _, tc := range tests {
 		t.Run(tc.name, func(t *testing.T) {
