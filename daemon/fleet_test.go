@@ -4,7 +4,6 @@ import (
 	"context"
 	"io"
 	"log/slog"
-	"net"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -16,6 +15,7 @@ import (
 	"time"
 
 	"github.com/m3o/m3o"
+	"github.com/m3o/m3o/internal/need"
 	"github.com/m3o/m3o/router"
 )
 
@@ -36,16 +36,6 @@ func TestMain(m *testing.M) {
 		os.Exit(0)
 	}
 	os.Exit(m.Run())
-}
-
-func freePort(t *testing.T) string {
-	t.Helper()
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer ln.Close() //nolint:errcheck // only its number was wanted
-	return ln.Addr().String()
 }
 
 // daemonWithRouter is as much of a daemon as starts a router and gives it a table.
@@ -88,7 +78,11 @@ func TestNewDaemonBringsANewRouterAndNoRequestFails(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = os.RemoveAll(dir) })
-	httpAddr, httpsAddr := freePort(t), freePort(t)
+	addrs, err := need.Addrs(2)
+	if err != nil {
+		t.Fatal(err)
+	}
+	httpAddr, httpsAddr := addrs[0], addrs[1]
 	app := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { _, _ = io.WriteString(w, "hi") }))
 	t.Cleanup(app.Close)
 
@@ -137,7 +131,7 @@ func TestNewDaemonBringsANewRouterAndNoRequestFails(t *testing.T) {
 	}
 	await := func(what string, cond func() bool) {
 		t.Helper()
-		for end := time.Now().Add(30 * time.Second); !cond(); <-time.After(5 * time.Millisecond) {
+		for end := time.Now().Add(2 * time.Minute); !cond(); <-time.After(5 * time.Millisecond) {
 			if time.Now().After(end) || t.Failed() {
 				t.Fatalf("waited in vain: %s", what)
 			}

@@ -112,7 +112,7 @@ func crash(t *testing.T, dir, tag string, after int) []string {
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
-	limit := time.AfterFunc(60*time.Second, func() { _ = cmd.Process.Kill() })
+	limit := time.AfterFunc(3*time.Minute, func() { _ = cmd.Process.Kill() })
 	defer limit.Stop()
 	var acked []string
 	sc := bufio.NewScanner(out)

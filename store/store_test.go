@@ -63,7 +63,7 @@ func external(t testing.TB, dir string, port int) (url string, srv *server.Serve
 		t.Fatal(err)
 	}
 	srv.Start()
-	if !srv.ReadyForConnections(10 * time.Second) {
+	if !srv.ReadyForConnections(time.Minute) {
 		t.Fatal("external server does not start")
 	}
 	return srv.ClientURL(), srv
@@ -487,7 +487,7 @@ func TestExternalServerWithoutJetStream(t *testing.T) {
 	}
 	srv.Start()
 	t.Cleanup(func() { stop(srv) })
-	if !srv.ReadyForConnections(10 * time.Second) {
+	if !srv.ReadyForConnections(time.Minute) {
 		t.Fatal("server does not start")
 	}
 	_, err = Open(t.Context(), Config{URL: srv.ClientURL()})

@@ -5,6 +5,8 @@
 package need
 
 import (
+	"fmt"
+	"math/rand/v2"
 	"net"
 	"os"
 	"os/exec"
@@ -91,6 +93,34 @@ func Dir(t testing.TB, what, dir, how string) {
 	if fi, err := os.Stat(dir); err != nil || !fi.IsDir() {
 		lack(t, what, dir+" is not there; "+how)
 	}
+}
+
+// Addrs are n addresses of this machine for servers that have to be told
+// theirs, or to find it free again after a restart. Nobody listens there at
+// the moment, and they are of ports that the kernel gives nobody on its own
+// account: of those it gives, one that was closed a moment ago can be that of
+// a connection somewhere now.
+func Addrs(n int) ([]string, error) {
+	first := 32768 // of those the kernel gives
+	if b, err := os.ReadFile("/proc/sys/net/ipv4/ip_local_port_range"); err == nil {
+		_, _ = fmt.Sscan(string(b), &first)
+	}
+	from := 10000
+	if first < from+1000 { // an unusual machine: better a small risk than no test
+		from, first = 32768, 61000
+	}
+	var addrs []string
+	for tries := 0; len(addrs) < n; tries++ {
+		ln, err := net.Listen("tcp", net.JoinHostPort("127.0.0.1", strconv.Itoa(from+rand.IntN(first-from))))
+		if err != nil && tries < 1000 {
+			continue // somebody listens there
+		} else if err != nil {
+			return nil, err
+		}
+		defer ln.Close() //nolint:errcheck // only when all are chosen, so that no two are the same
+		addrs = append(addrs, ln.Addr().String())
+	}
+	return addrs, nil
 }
 
 // Nobody is an address of this machine that refuses connections until the
