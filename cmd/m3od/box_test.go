@@ -92,6 +92,7 @@ type box struct {
 	exe     string // the daemon's binary; "" is this test's own
 	metrics string // host:port
 
+	extra []string // variables the daemon was started with beside env
 	cmd   *exec.Cmd
 	out   *lockedBuffer // stdout of the daemon
 	log   *lockedBuffer // stderr of the daemon
@@ -142,8 +143,32 @@ func theBox(t *testing.T) *box {
 	if !shared.running() {
 		t.Fatalf("the shared daemon is down; its log ends:\n%s", shared.log.tail(4000))
 	}
+	t.Cleanup(func() { shared.handBack(t) })
 	return shared
 }
+
+// handBack makes the installation whole after a test that failed half-way,
+// with the daemon down or started in a special way: one failure must not
+// bring all others down. A daemon that ended unnoticed fails the test that
+// leaves it so.
+func (b *box) handBack(t *testing.T) {
+	t.Helper()
+	up := b.running()
+	if up && (!t.Failed() || len(b.extra) == 0) {
+		return
+	}
+	if up {
+		b.kill()
+	} else if !t.Failed() {
+		t.Errorf("the test left the shared daemon down; its log ends:\n%s", b.log.tail(4000))
+	}
+	if err := b.start(); err != nil {
+		t.Errorf("the shared daemon does not come back, so that all tests after this one fail: %v\n%s", err, b.log.tail(4000))
+	}
+}
+
+// boxSize bounds the file system of a box.
+const boxSize = "8g"
 
 func newBox(bin string) (*box, error) {
 	dir, err := os.MkdirTemp("", "m3o-e2e-")
@@ -151,7 +176,7 @@ func newBox(bin string) (*box, error) {
 		return nil, err
 	}
 	// A file system of its own, so that a test can fill it.
-	if err := syscall.Mount("tmpfs", dir, "tmpfs", 0, "size=8g,mode=0755"); err != nil {
+	if err := syscall.Mount("tmpfs", dir, "tmpfs", 0, "mode=0755,size="+boxSize); err != nil {
 		return nil, fmt.Errorf("mount tmpfs: %w", err)
 	}
 	b := &box{dir: dir, data: filepath.Join(dir, "data"), bin: bin, out: &lockedBuffer{}, log: &lockedBuffer{}}
@@ -162,11 +187,9 @@ func newBox(bin string) (*box, error) {
 			return nil, err
 		}
 	}
-	ports := make([]string, 4)
-	for i := range ports {
-		if ports[i], err = freeAddr(); err != nil {
-			return nil, err
-		}
+	ports, err := need.Addrs(4)
+	if err != nil {
+		return nil, err
 	}
 	b.http, b.https, b.ssh, b.metrics = ports[0], ports[1], ports[2], ports[3]
 	_, port, _ := net.SplitHostPort(b.https)
@@ -185,16 +208,6 @@ func newBox(bin string) (*box, error) {
 	return b, nil
 }
 
-// freeAddr is a loopback address nobody listens on at the moment.
-func freeAddr() (string, error) {
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		return "", err
-	}
-	defer ln.Close()
-	return ln.Addr().String(), nil
-}
-
 // start starts the daemon and waits for its ready line.
 func (b *box) start(extra ...string) error {
 	exe, err := os.Executable()
@@ -205,6 +218,7 @@ func (b *box) start(extra ...string) error {
 		exe = b.exe
 	}
 	b.cmd = exec.Command(exe)
+	b.extra = extra
 	b.cmd.Env = append(append([]string(nil), b.env...), extra...)
 	b.cmd.Stderr = b.log
 	b.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
@@ -415,10 +429,19 @@ func (p *person) command(dir, name string, args ...string) *exec.Cmd {
 	return cmd
 }
 
-// try runs a command and returns its output, both streams together.
+// try runs a command and returns its output, both streams together. One that
+// hangs ends by itself well before the whole run's time is over.
 func (p *person) try(dir, name string, args ...string) (string, error) {
-	out, err := p.command(dir, name, args...).CombinedOutput()
-	return string(out), err
+	cmd := p.command(dir, name, args...)
+	var out bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &out
+	if err := cmd.Start(); err != nil {
+		return "", err
+	}
+	hung := time.AfterFunc(10*time.Minute, func() { _ = syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) })
+	defer hung.Stop()
+	err := cmd.Wait()
+	return out.String(), err
 }
 
 // must is try for what has to work.
@@ -527,17 +550,23 @@ func (l *lockedBuffer) tail(n int) string {
 	return s
 }
 
-// eventually polls cond until it holds or half a minute has passed.
+// patience is for what takes as long as the machine needs. Nothing waits so
+// long that works, but what is waited for may be a whole build, and the first
+// one of a new installation fetches a toolchain and compiles the standard
+// library; it can be any test's, as they come in any order.
+const patience = 3 * time.Minute
+
+// eventually polls cond until it holds.
 func eventually(t *testing.T, what string, cond func() bool) {
 	t.Helper()
 	tick := time.NewTicker(50 * time.Millisecond)
 	defer tick.Stop()
-	deadline := time.After(30 * time.Second)
+	deadline := time.After(patience)
 	for !cond() {
 		select {
 		case <-tick.C:
 		case <-deadline:
-			t.Fatalf("waited half a minute for: %s", what)
+			t.Fatalf("waited %v for: %s", patience, what)
 		}
 	}
 }

@@ -148,12 +148,15 @@ func TestHostsOfAnApp(t *testing.T) {
 	}
 	p.must(t, dir, "m3o", "maintenance:off")
 	p.must(t, dir, "m3o", "pause")
-	held := make(chan string, 1)
-	go func() { _, body, _ := get("hosted.test"); held <- body }()
+	held := make(chan struct{})
+	go func() {
+		defer close(held) // also when get ends the test
+		if _, body, _ := get("hosted.test"); body != "two" {
+			t.Errorf("a held request got %q", body)
+		}
+	}()
 	p.must(t, dir, "m3o", "resume")
-	if body := <-held; body != "two" {
-		t.Errorf("a held request got %q", body)
-	}
+	<-held
 	p.must(t, dir, "m3o", "domains:remove", "hosted.test")
 	if code, _, _ := get("hosted.test"); code != 404 {
 		eventually(t, "the domain is gone", func() bool { code, _, _ := get("hosted.test"); return code == 404 })

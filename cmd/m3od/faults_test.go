@@ -14,6 +14,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/m3o/m3o/internal/need"
 )
 
 // Twenty deploys and twenty rollbacks while requests go on, unary and as
@@ -99,7 +101,12 @@ func TestKilledDaemonFinishesOrFailsTheDeploy(t *testing.T) {
 				b.kill()
 				t.Errorf("the push succeeded, so the daemon did not die:\n%s", out)
 			}
-			<-b.done
+			select {
+			case <-b.done:
+			case <-time.After(patience):
+				b.kill()
+				t.Errorf("the push ended without the daemon's death: %v\n%s", err, out)
+			}
 			if err := b.start(); err != nil {
 				t.Fatalf("restart: %v\n%s", err, b.log.tail(3000))
 			}
@@ -167,7 +174,7 @@ func (b *box) checkNothingExtra(t *testing.T, app string, n int) {
 	}
 	var got, want string
 	ok := false
-	for deadline := time.Now().Add(30 * time.Second); !ok && time.Now().Before(deadline); <-time.After(50 * time.Millisecond) {
+	for deadline := time.Now().Add(patience); !ok && time.Now().Before(deadline); <-time.After(50 * time.Millisecond) {
 		got = what()
 		all := len(b.pids("m3o-shim"))
 		want = fmt.Sprintf("%d instances, %d cgroups, %d devices for %d instances of all apps, %d mounts", n, n, all, all, 0)
@@ -265,6 +272,9 @@ func TestNewestOfTwoPushesWins(t *testing.T) {
 	}}
 	cmd.Stderr = buf
 	olderErr := cmd.Run()
+	if !buf.did {
+		t.Fatalf("the older push ended before the newer one began: %v\n%s", olderErr, buf.buf.String())
+	}
 	n := <-newer
 	_, body := b.get(t, "race", "/")
 	switch strings.TrimSpace(body) {
@@ -432,13 +442,13 @@ func TestPortAlreadyTakenIsSaid(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	other, err := freeAddr()
+	other, err := need.Addrs(1)
 	if err != nil {
 		t.Fatal(err)
 	}
 	for _, c := range []struct{ env, want string }{
 		{"M3O_SSH=" + b.ssh, "another program listens on " + b.ssh},
-		{"M3O_SSH=" + other, "state directory|already|in use"}, // same data directory
+		{"M3O_SSH=" + other[0], "state directory|already|in use"}, // same data directory
 	} {
 		cmd := exec.Command(exe)
 		cmd.Env = append(append([]string(nil), b.env...), c.env)
@@ -469,17 +479,10 @@ func TestFullDiskIsSaidAndSurvived(t *testing.T) {
 	if out, err := p.push(dir); err != nil {
 		t.Fatalf("push: %v\n%s", err, out)
 	}
-	var st syscall.Statfs_t
-	if err := syscall.Statfs(b.dir, &st); err != nil {
-		t.Fatal(err)
-	}
-	ballast := filepath.Join(b.dir, "ballast")
-	free := int64(st.Bavail) * st.Bsize
 	setVersion(t, p, dir, "after")
 	tip := remoteTip(t, p, dir)
-	if out, err := exec.Command("fallocate", "-l", strconv.FormatInt(free-256<<10, 10), ballast).CombinedOutput(); err != nil {
-		t.Fatalf("fallocate: %v: %s", err, out)
-	}
+	b.leaveRoom(t, 256<<10)
+	t.Cleanup(func() { b.leaveRoom(t, -1) })
 	out, err := p.push(dir)
 	if err == nil || !regexp.MustCompile(`(?i)disk( is)? full|no space left`).MatchString(out) {
 		t.Errorf("push onto a full disk: %v\n%s", err, out)
@@ -487,9 +490,7 @@ func TestFullDiskIsSaidAndSurvived(t *testing.T) {
 	if code, body := b.get(t, "full", "/"); code != http.StatusOK || strings.TrimSpace(body) != "before" {
 		t.Errorf("the app answers %d %q", code, body)
 	}
-	if err := os.Remove(ballast); err != nil {
-		t.Fatal(err)
-	}
+	b.leaveRoom(t, -1)
 	if got := remoteTip(t, p, dir); got != tip {
 		t.Errorf("the branch moved from %s to %s", tip, got)
 	}
@@ -504,6 +505,24 @@ func TestFullDiskIsSaidAndSurvived(t *testing.T) {
 		t.Errorf("the app answers %q, want after", body)
 	}
 	p.must(t, dir, "m3o", "destroy", "--confirm", "full")
+}
+
+// leaveRoom leaves so many bytes free in the box's file system, -1 for all of
+// it. The file system shrinks: a large file in it would take memory that the
+// machine may not have.
+func (b *box) leaveRoom(t *testing.T, bytes int64) {
+	t.Helper()
+	size := boxSize
+	if bytes >= 0 {
+		var st syscall.Statfs_t
+		if err := syscall.Statfs(b.dir, &st); err != nil {
+			t.Fatal(err)
+		}
+		size = strconv.FormatInt(int64(st.Blocks-st.Bfree)*st.Bsize+bytes, 10)
+	}
+	if err := syscall.Mount("tmpfs", b.dir, "tmpfs", syscall.MS_REMOUNT, "size="+size); err != nil {
+		t.Fatalf("resize the file system to %s: %v", size, err)
+	}
 }
 
 // Whatever part dies in whatever phase of a push: the app answers (through the
