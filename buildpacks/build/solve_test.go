@@ -128,12 +128,11 @@ func TestHelloRunsFromItsImage(t *testing.T) {
 // get starts a binary on a free port and returns what it answers.
 func get(t testing.TB, bin string) string {
 	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	addrs, err := need.Addrs(1)
 	if err != nil {
 		t.Fatal(err)
 	}
-	_, port, _ := net.SplitHostPort(l.Addr().String())
-	_ = l.Close()
+	_, port, _ := net.SplitHostPort(addrs[0])
 	cmd := exec.Command(bin)
 	cmd.Env = []string{"PORT=" + port}
 	if err := cmd.Start(); err != nil {
@@ -411,6 +410,13 @@ func TestBuildkitdKilledMidBuild(t *testing.T) {
 	if compiling(b) {
 		t.Error("the old build still runs")
 	}
+}
+
+// generation counts the BuildKits that have ended.
+func (b *Builder) generation() int {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.gen
 }
 
 func kill9(t testing.TB, b *Builder) {

@@ -96,8 +96,8 @@ func TestRunLeavesNothing(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	gen := b.generation()
 	kill9(t, b) // and again after a crash
-	gen := b.gen
 	eventually(t, "restart", func() bool { return b.diedSince(gen) && b.Ready(t.Context()) == nil })
 	if err := stop(); err != nil {
 		t.Error(err)
