@@ -53,6 +53,21 @@ type wire struct {
 
 func (s *site) wire(app string) *wire {
 	s.t.Helper()
+	w := s.open(app)
+	for { // the advertisement
+		_, flush, _, err := readPacket(w.out)
+		if err != nil {
+			s.t.Fatalf("read advertisement: %v %s", err, w.err)
+		}
+		if flush {
+			return w
+		}
+	}
+}
+
+// open begins a session and reads nothing of it.
+func (s *site) open(app string) *wire {
+	s.t.Helper()
 	sess, err := s.dial("ada").NewSession()
 	if err != nil {
 		s.t.Fatal(err)
@@ -64,15 +79,7 @@ func (s *site) wire(app string) *wire {
 	if err := sess.Start("git-receive-pack '" + app + "'"); err != nil {
 		s.t.Fatal(err)
 	}
-	for { // the advertisement
-		_, flush, _, err := readPacket(w.out)
-		if err != nil {
-			s.t.Fatalf("read advertisement: %v %s", err, w.err)
-		}
-		if flush {
-			return w
-		}
-	}
+	return w
 }
 
 func pkt(line string) string { return fmt.Sprintf("%04x%s", len(line)+4, line) }
@@ -405,7 +412,7 @@ func TestABlobThatNeedsTooMuchMemoryIsRefused(t *testing.T) {
 func TestAPushThatNeverArrivesEnds(t *testing.T) {
 	t.Parallel()
 	s := newSite(t, siteConfig{limits: Limits{Receive: 200 * time.Millisecond}})
-	w := s.wire("hello")
+	w := s.open("hello") // the limit may come before the advertisement does
 	w.ask(wireCaps, zeroID+" "+strings.Repeat("ab", 20)+" refs/heads/main")
 	_, _ = io.WriteString(w.in, "PACK\x00\x00\x00\x02\x00\x00\x00\x01")
 	out, _ := io.ReadAll(w.out) // we neither send more nor hang up
