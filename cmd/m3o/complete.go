@@ -10,7 +10,7 @@ import (
 	m3ov1 "github.com/m3o/m3o/api/m3o/v1"
 )
 
-// completeTime is how long a Tab may wait for the server.
+// completeTime is how long a person who pressed Tab is kept waiting for the server.
 const completeTime = time.Second
 
 // The scripts call m3o __complete with the words of the line up to the
@@ -165,7 +165,7 @@ func (c *call) values(ctx context.Context, kind string) []candidate {
 	case "", "file":
 		return nil
 	}
-	ctx, cancel := context.WithTimeout(ctx, completeTime)
+	ctx, cancel := context.WithTimeout(ctx, c.tab)
 	defer cancel()
 	switch kind {
 	case "app":

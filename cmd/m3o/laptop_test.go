@@ -47,7 +47,7 @@ type outcome struct {
 func (l *laptop) system(out, errw io.Writer) *system {
 	in := bufio.NewReader(strings.NewReader(l.in))
 	return &system{in: in, out: out, err: errw, env: func(k string) string { return l.vars[k] }, dir: l.dir,
-		root: l.root, uid: l.uid, now: func() time.Time { return now }, inTerminal: l.typing, outTerminal: l.watched,
+		root: l.root, uid: l.uid, now: func() time.Time { return now }, inTerminal: l.typing, outTerminal: l.watched, tab: time.Minute,
 		secret: func(context.Context) (string, error) {
 			s, err := in.ReadString('\n')
 			if s == "" {

@@ -20,10 +20,10 @@ import (
 	"golang.org/x/term"
 )
 
-func main() { os.Exit(start()) }
+func main() { os.Exit(start(completeTime)) }
 
 // start is main with a result, so that deferred calls run before the exit.
-func start() int {
+func start(tab time.Duration) int {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	// A second Ctrl-C ends the program at once, whatever it waits for.
@@ -39,6 +39,7 @@ func start() int {
 		outTerminal: term.IsTerminal(int(os.Stdout.Fd())),
 		secret:      readSecret,
 		screen:      stdScreen{},
+		tab:         tab,
 	})
 }
 
@@ -57,7 +58,8 @@ type system struct {
 	inTerminal, outTerminal bool
 	// secret reads a line from the terminal without showing it.
 	secret func(ctx context.Context) (string, error)
-	screen screen // the terminal, for a program that gets all of it
+	screen screen        // the terminal, for a program that gets all of it
+	tab    time.Duration // how long a Tab may wait for the server
 }
 
 // readSecret reads from the terminal without echo, and restores the echo also

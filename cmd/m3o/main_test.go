@@ -18,7 +18,7 @@ const asCLI = "M3O_TEST_AS_CLI"
 
 func TestMain(m *testing.M) {
 	if os.Getenv(asCLI) != "" {
-		os.Exit(start())
+		os.Exit(start(time.Minute)) // nobody waits at a prompt
 	}
 	os.Exit(m.Run())
 }
@@ -75,7 +75,7 @@ func TestInterruptEndsTheProgramWell(t *testing.T) {
 	p := newPlatform(t)
 	p.hello()
 	l := newLaptop(t).ci(p)
-	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
 	defer cancel()
 	cmd := l.program(ctx, "m3o", "logs", "-f", "hello")
 	if err := cmd.Start(); err != nil {

@@ -56,7 +56,7 @@ func TestTypedSecretsAreNotShown(t *testing.T) {
 	p, l := newPlatform(t), newLaptop(t)
 	p.hello()
 	l.keyFile("id_ed25519", "open sesame")
-	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
 	defer cancel()
 	person, program := openTerminal(t)
 
