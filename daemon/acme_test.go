@@ -42,15 +42,23 @@ type zone struct {
 
 func startZone(t *testing.T) *zone {
 	t.Helper()
+	// One port for both: whoever has UDP of one that is free for TCP is not in the way of the next.
 	z := &zone{txt: map[string][]string{}}
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
+	var ln net.Listener
+	var pc net.PacketConn
+	for range 20 {
+		var err error
+		if ln, err = net.Listen("tcp", "127.0.0.1:0"); err != nil {
+			t.Fatal(err)
+		}
+		z.addr = ln.Addr().String()
+		if pc, err = net.ListenPacket("udp", z.addr); err == nil {
+			break
+		}
+		_ = ln.Close()
 	}
-	z.addr = ln.Addr().String()
-	pc, err := net.ListenPacket("udp", z.addr)
-	if err != nil {
-		t.Fatal(err)
+	if pc == nil {
+		t.Fatal("no port is free for both TCP and UDP")
 	}
 	for _, s := range []*dns.Server{{Listener: ln, Handler: z}, {PacketConn: pc, Handler: z}} {
 		s.TsigSecret = map[string]string{"m3o.": "c2VjcmV0"}
@@ -182,7 +190,7 @@ func startEdgeOf(t *testing.T, challenges []string, dnsFile func(z *zone) string
 		t.Fatal(err)
 	}
 	rt, err := router.New(router.Config{HTTP: plain, HTTPS: secure, Control: control, State: filepath.Join(dir, "table.json"), CA: filepath.Join(dir, "ca"),
-		Certs: filepath.Join(dir, "certs"), OnDemand: true, Log: logger, Limits: router.Limits{CertWait: 20 * time.Second}})
+		Certs: filepath.Join(dir, "certs"), OnDemand: true, Log: logger, Limits: router.Limits{CertWait: time.Minute}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -250,7 +258,7 @@ func (e *edge) serve(t *testing.T, app string, domains ...string) {
 
 // leaf is the certificate that name is served with.
 func (e *edge) leaf(name string) (*x509.Certificate, error) {
-	c, err := tls.DialWithDialer(&net.Dialer{Timeout: 30 * time.Second}, "tcp", e.https, &tls.Config{ServerName: name, InsecureSkipVerify: true})
+	c, err := tls.DialWithDialer(&net.Dialer{Timeout: 90 * time.Second}, "tcp", e.https, &tls.Config{ServerName: name, InsecureSkipVerify: true})
 	if err != nil {
 		return nil, err
 	}
@@ -261,7 +269,7 @@ func (e *edge) leaf(name string) (*x509.Certificate, error) {
 func (e *edge) wantIssued(t *testing.T, name string, names ...string) *x509.Certificate {
 	t.Helper()
 	var got *x509.Certificate
-	for end := time.Now().Add(40 * time.Second); ; <-time.After(20 * time.Millisecond) {
+	for end := time.Now().Add(2 * time.Minute); ; <-time.After(20 * time.Millisecond) {
 		var err error
 		if got, err = e.leaf(name); err == nil && strings.HasPrefix(got.Issuer.CommonName, "Pebble") {
 			break

@@ -156,7 +156,7 @@ func newShop(t *testing.T) *shop {
 		d.bgCancel()
 		wg.Wait()
 		d.bg.Wait()
-		sctx, stop := context.WithTimeout(context.Background(), 10*time.Second)
+		sctx, stop := context.WithTimeout(context.Background(), time.Minute)
 		defer stop()
 		if err := errors.Join(d.driver.Shutdown(sctx), d.auth.Close(), d.store.Close(), d.ssh.Close(), d.api.Close()); err != nil {
 			t.Error(err)
@@ -249,7 +249,7 @@ func (s *shop) tell(e forgetest.Event) {
 // idle waits until all deliveries have been worked on.
 func (s *shop) idle() {
 	s.t.Helper()
-	ctx, cancel := context.WithTimeout(s.t.Context(), time.Minute)
+	ctx, cancel := context.WithTimeout(s.t.Context(), 3*time.Minute)
 	defer cancel()
 	if err := s.d.repos.queue.Idle(ctx); err != nil {
 		s.t.Fatalf("deliveries: %v: %+v", err, s.d.repos.queue.List(s.hookID(), 10))
@@ -276,9 +276,9 @@ func (s *shop) until(what string, cond func() bool) {
 	s.t.Helper()
 	tick := time.NewTicker(5 * time.Millisecond)
 	defer tick.Stop()
-	for deadline := time.Now().Add(30 * time.Second); !cond(); <-tick.C {
+	for deadline := time.Now().Add(2 * time.Minute); !cond(); <-tick.C {
 		if time.Now().After(deadline) {
-			s.t.Fatalf("no %s within half a minute; the last delivery: %s", what, s.note())
+			s.t.Fatalf("no %s within two minutes; the last delivery: %s", what, s.note())
 		}
 	}
 }

@@ -386,7 +386,7 @@ func (c *clone) git(args ...string) (string, bool) {
 	cmd := c.cmd(args...)
 	var out bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &out
-	t := time.AfterFunc(60*time.Second, func() { _ = syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) })
+	t := time.AfterFunc(3*time.Minute, func() { _ = syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) })
 	defer t.Stop()
 	err := cmd.Run()
 	if ee, ok := errors.AsType[*exec.ExitError](err); err != nil && (!ok || ee.ExitCode() < 0) {
@@ -443,10 +443,10 @@ func (s *site) tip(app, ref string) string {
 // eventually waits for a condition; it fails the test if it does not come.
 func eventually(t *testing.T, what string, cond func() bool) {
 	t.Helper()
-	deadline := time.Now().Add(30 * time.Second)
+	deadline := time.Now().Add(2 * time.Minute)
 	for !cond() {
 		if time.Now().After(deadline) {
-			t.Fatalf("waited 30 s for: %s", what)
+			t.Fatalf("waited two minutes for: %s", what)
 		}
 		<-time.After(5 * time.Millisecond)
 	}

@@ -261,7 +261,7 @@ func killAfter(t *testing.T, dir string, steps int) {
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
-	limit := time.AfterFunc(60*time.Second, func() { _ = cmd.Process.Kill() })
+	limit := time.AfterFunc(3*time.Minute, func() { _ = cmd.Process.Kill() })
 	defer limit.Stop()
 	sc := bufio.NewScanner(out)
 	for range steps {
