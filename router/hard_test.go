@@ -55,7 +55,7 @@ func TestAppThatLies(t *testing.T) {
 		"HTTP/1.0 until close":   {"HTTP/1.0 200 OK\r\n\r\nhello", false, 200, "hello"},
 		"more than CL":           {"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello, world", true, 200, "hello"},
 		"body on 204":            {"HTTP/1.1 204 No\r\nContent-Length: 5\r\n\r\nhello", true, 204, ""},
-		"hidden framing":         {"HTTP/1.1 200 OK\r\nConnection: content-length\r\nContent-Length: 5\r\n\r\nhello", true, 200, "hello"},
+		"hidden framing":         {"HTTP/1.1 200 OK\r\nConnection: content-length, close\r\nContent-Length: 5\r\n\r\nhello", true, 200, "hello"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
