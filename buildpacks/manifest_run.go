@@ -55,9 +55,9 @@ func runKeys() []key[Manifest] {
 						}
 						p.Limits.CPUMillis = c
 					}},
-				number("pids", "The most processes and threads; 1024 without it.", 8, 1<<20, func(p *P) *int64 { return &p.Limits.Pids }),
-				number("files", "The most open files; 65536 without it.", 16, 1<<20, func(p *P) *int64 { return &p.Limits.Files }),
-				duration("grace", "From SIGTERM to SIGKILL; 30s without it.", time.Second, time.Hour, func(p *P) *time.Duration { return &p.Limits.Grace }),
+				number("pids", "The most processes and threads; 1024 without it.", m3o.MinPids, m3o.MaxPids, func(p *P) *int64 { return &p.Limits.Pids }),
+				number("files", "The most open files; 65536 without it.", m3o.MinFiles, m3o.MaxFiles, func(p *P) *int64 { return &p.Limits.Files }),
+				duration("grace", "From SIGTERM to SIGKILL; 30s without it.", m3o.MinGrace, m3o.MaxGrace, func(p *P) *time.Duration { return &p.Limits.Grace }),
 				group("autoscale", "Lets the number of instances follow the load.", func(p *P) *m3o.Scaling { return &p.Scaling }, []key[m3o.Scaling]{
 					integer("min", "The fewest instances; 1 without it.", 1, 1000, func(s *m3o.Scaling) *int { return &s.Min }),
 					integer("max", "The most instances.", 1, 1000, func(s *m3o.Scaling) *int { return &s.Max }),
@@ -96,7 +96,7 @@ func ParseBytes(s string) (int64, error) {
 	if m[2][0] == 'G' {
 		n <<= 10
 	}
-	if n < 8<<20 || n > 1<<40 {
+	if n < m3o.MinMemory || n > m3o.MaxMemory {
 		return 0, m3o.Errorf(m3o.Invalid, "%s is not between 8MB and 1024GB", short(s))
 	}
 	return n, nil

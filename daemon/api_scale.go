@@ -5,11 +5,13 @@ import (
 	"context"
 	"fmt"
 	"maps"
+	goruntime "runtime"
 	"slices"
 	"strings"
 	"time"
 
 	"connectrpc.com/connect"
+	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/types/known/durationpb"
 
 	"github.com/m3o/m3o"
@@ -76,8 +78,8 @@ func (a scaleAPI) Set(ctx context.Context, req *connect.Request[m3ov1.SetScaleRe
 			words = append(words, fmt.Sprintf("%s=%d", c.Process, *c.Replicas))
 		}
 		l := limitsOf(c.Limits)
-		if l.MemoryBytes != 0 && l.MemoryBytes < 8<<20 || min(l.MemoryBytes, l.CPUMillis, l.Pids, l.Files) < 0 || l.Grace < 0 {
-			return nil, &m3o.Error{Kind: m3o.Invalid, Msg: "a limit of " + c.Process + " is too low", Hint: "8MB of memory is the least"}
+		if err := l.Check(); err != nil {
+			return nil, &m3o.Error{Kind: m3o.Invalid, Msg: c.Process + ": " + err.Error(), Hint: m3o.HintOf(err), Err: err}
 		}
 		if l != (m3o.Limits{}) {
 			words = append(words, "limits of "+c.Process)
@@ -126,7 +128,22 @@ func (a scaleAPI) Set(ctx context.Context, req *connect.Request[m3ov1.SetScaleRe
 	if err != nil {
 		return nil, err
 	}
-	return connect.NewResponse(&m3ov1.SetScaleResponse{Scale: w}), nil
+	res := &m3ov1.SetScaleResponse{Scale: w}
+	for _, c := range req.Msg.Changes {
+		for _, doubt := range limitsOf(c.Limits).Doubts(machineMemory(), goruntime.NumCPU()) {
+			res.Warnings = append(res.Warnings, c.Process+": "+doubt)
+		}
+	}
+	return connect.NewResponse(res), nil
+}
+
+// machineMemory is what this machine has in all, 0 when it cannot be asked.
+func machineMemory() int64 {
+	var s unix.Sysinfo_t
+	if unix.Sysinfo(&s) != nil {
+		return 0
+	}
+	return int64(s.Totalram) * int64(s.Unit)
 }
 
 func limitsOf(l *m3ov1.Limits) m3o.Limits {

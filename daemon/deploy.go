@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"maps"
+	goruntime "runtime"
 	"slices"
 	"strings"
 	"time"
@@ -481,6 +482,9 @@ func (d *Daemon) start(ctx context.Context, rel m3o.Release, out output) ([]m3o.
 		}
 		began := time.Now()
 		out.step("Starting %s (%d)", name, n)
+		for _, doubt := range rel.Processes[name].Limits.Doubts(machineMemory(), goruntime.NumCPU()) {
+			out.warn("%s: %s", name, doubt)
+		}
 		ins, err := runtime.WaitReady(ctx, d.driver, ref(rel, name), n, nil)
 		if err != nil {
 			return nil, err

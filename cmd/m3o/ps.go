@@ -182,7 +182,7 @@ func runScale(ctx context.Context, c *call) error {
 	if err != nil {
 		return err
 	}
-	if err := c.result(res, func() { c.showScale(res.GetScale()) }); err != nil {
+	if err := c.scaled(res); err != nil {
 		return err
 	}
 	var undo []string
@@ -253,7 +253,7 @@ func runLimits(ctx context.Context, c *call) error {
 		l.CpuMillis = int64(cores*1000 + 0.5)
 	}
 	for name, field := range map[string]*int64{"pids": &l.Pids, "files": &l.Files} {
-		n, err := c.number(name, 0, 8, 1<<20)
+		n, err := c.number(name, 0, 16, 1<<20)
 		if err != nil {
 			return err
 		}
@@ -276,6 +276,14 @@ func runLimits(ctx context.Context, c *call) error {
 	res, err := ask(ctx, cl.scale.Set, &m3ov1.SetScaleRequest{App: app, Changes: []*m3ov1.ScaleChange{{Process: c.args[0], Limits: l}}})
 	if err != nil {
 		return err
+	}
+	return c.scaled(res)
+}
+
+// scaled shows what a change came to, and what of it may be a slip.
+func (c *call) scaled(res *m3ov1.SetScaleResponse) error {
+	for _, w := range res.GetWarnings() {
+		c.say("m3o: warning: %s", plain(w))
 	}
 	return c.result(res, func() { c.showScale(res.GetScale()) })
 }

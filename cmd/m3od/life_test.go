@@ -1,6 +1,7 @@
 package main
 
 import (
+	"fmt"
 	"io"
 	"net/http"
 	"os"
@@ -39,6 +40,12 @@ func TestScaleRestartCrashAndNewDaemonLoseNoRequest(t *testing.T) {
 		{"scale up", func() error { p.must(t, dir, "m3o", "ps:scale", "web=3"); return nil }, 3},
 		{"restart", func() error { p.must(t, dir, "m3o", "ps:restart"); return nil }, 3},
 		{"scale down", func() error { p.must(t, dir, "m3o", "scale", "web=2"); return nil }, 2},
+		{"limits beyond the machine", func() error {
+			if out, err := p.try(dir, "m3o", "ps:limits", "web", "--memory", "900GB"); err != nil || !strings.Contains(out, "warning: web: it may use 921600 MB of memory, and this machine has") {
+				return fmt.Errorf("%w: %s", err, out)
+			}
+			return nil
+		}, 2},
 		{"other limits", func() error {
 			p.must(t, dir, "m3o", "ps:limits", "web", "--memory", "200MB", "--cpu", "1.5")
 			return nil

@@ -554,6 +554,7 @@ func (x *SetScaleRequest) GetChanges() []*ScaleChange {
 type SetScaleResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Scale         *AppScale              `protobuf:"bytes,1,opt,name=scale,proto3" json:"scale,omitempty"`
+	Warnings      []string               `protobuf:"bytes,2,rep,name=warnings,proto3" json:"warnings,omitempty"` // limits that are taken and that the server cannot give
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -591,6 +592,13 @@ func (*SetScaleResponse) Descriptor() ([]byte, []int) {
 func (x *SetScaleResponse) GetScale() *AppScale {
 	if x != nil {
 		return x.Scale
+	}
+	return nil
+}
+
+func (x *SetScaleResponse) GetWarnings() []string {
+	if x != nil {
+		return x.Warnings
 	}
 	return nil
 }
@@ -1675,9 +1683,10 @@ const file_m3o_v1_scale_proto_rawDesc = "" +
 	"\t_replicas\"R\n" +
 	"\x0fSetScaleRequest\x12\x10\n" +
 	"\x03app\x18\x01 \x01(\tR\x03app\x12-\n" +
-	"\achanges\x18\x02 \x03(\v2\x13.m3o.v1.ScaleChangeR\achanges\":\n" +
+	"\achanges\x18\x02 \x03(\v2\x13.m3o.v1.ScaleChangeR\achanges\"V\n" +
 	"\x10SetScaleResponse\x12&\n" +
-	"\x05scale\x18\x01 \x01(\v2\x10.m3o.v1.AppScaleR\x05scale\"<\n" +
+	"\x05scale\x18\x01 \x01(\v2\x10.m3o.v1.AppScaleR\x05scale\x12\x1a\n" +
+	"\bwarnings\x18\x02 \x03(\tR\bwarnings\"<\n" +
 	"\x0eRestartRequest\x12\x10\n" +
 	"\x03app\x18\x01 \x01(\tR\x03app\x12\x18\n" +
 	"\aprocess\x18\x02 \x01(\tR\aprocess\"/\n" +
