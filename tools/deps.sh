@@ -17,6 +17,8 @@ want curl curl
 want npm npm # webhook payloads to test with
 want chromium chromium # a page calls a deployed service
 want ip iproute2
+want nft nftables # what other firewalls do is tested
+want iptables iptables
 want certutil libnss3-tools # m3o trust writes browsers' stores
 if [ "${1:-}" = bench ]; then # the reference and the load of the router's benchmark
   want nginx nginx

@@ -6,11 +6,10 @@ import (
 	"context"
 	"fmt"
 	"net/netip"
-	"os"
 	"os/exec"
 	"strings"
+	"time"
 
-	"github.com/google/nftables"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 )
@@ -20,44 +19,74 @@ import (
 type Problem struct{ Msg, Hint string }
 
 // Check looks at the host and reports what is wrong with it for a driver of
-// this Name, Subnet, Runc and Shim; nil when nothing is. It changes nothing.
+// this Name, Subnet, Runc and Shim; nil when nothing is. It changes nothing and
+// ends soon after ctx does.
 func Check(ctx context.Context, cfg Config) []Problem {
 	var all []Problem
 	add := func(hint, format string, args ...any) {
 		all = append(all, Problem{fmt.Sprintf(format, args...), hint})
 	}
 	d := &Driver{cfg: cfg}
-	var err error
-	if d.cgroups, err = findCgroups(cfg.Name, "/proc/self/mountinfo"); err != nil {
-		add("mount cgroup v2 at /sys/fs/cgroup, as every system with systemd does", "there are no cgroups: %v", err)
-	}
-	for _, name := range []string{"memory", "cpu", "pids"} {
-		if err == nil && !d.cgroups.has(name) {
-			add("enable it on the kernel command line, or delegate it to this service", "the cgroup controller %s is not available: its limits do not hold", name)
-		}
-	}
-	if fs, err := os.ReadFile("/proc/filesystems"); err == nil && !strings.Contains(string(fs), "\toverlay\n") {
-		add("modprobe overlay", "the kernel knows no overlay file system: no image can be mounted")
-	}
-	for what, path := range map[string]string{"runc": d.cfg.Runc, "m3o-shim": d.cfg.Shim} {
-		if err := unix.Access(path, unix.X_OK); err != nil {
-			add("install m3o again, or say where it is", "%s cannot be run from %s: %v", what, path, err)
-		}
-	}
-	if out, err := exec.CommandContext(ctx, d.cfg.Runc, "--version").Output(); err == nil && strings.HasPrefix(string(out), "runc version ") {
-		if v := strings.Fields(string(out))[2]; tooOld(v) {
-			add("use the runc that comes with m3o", "runc %s has known ways out of a container (CVE-2025-31133, -52565, -52881); 1.2.8, 1.3.3 and 1.4.0 were the first without", v)
+	all = append(all, checkCgroups(cfg.Name, "/proc/self/mountinfo")...)
+	for _, p := range []struct{ what, path string }{{"m3o-shim", d.cfg.Shim}, {"runc", d.cfg.Runc}} {
+		if err := unix.Access(p.path, unix.X_OK); err != nil {
+			add("install m3o again, or say where its programs are with --bin", "%s cannot be run from %s, so no app can start: %v", p.what, p.path, err)
+		} else if p.what == "runc" {
+			all = append(all, checkRunc(ctx, p.path)...)
 		}
 	}
 	nl, err := netlink.NewHandle(unix.NETLINK_ROUTE)
 	if err != nil {
-		add("", "the routes cannot be read: %v", err)
-		return append(all, d.checkFirewalls()...)
+		add("run this as root on Linux", "the routes cannot be read: %v", err)
+		return append(all, d.checkFirewalls(ctx)...)
 	}
 	defer nl.Close()
 	d.net = &network{prefix: cfg.Name + "-", nl: nl}
-	return append(append(all, d.checkFirewalls()...), d.checkSubnet()...)
+	return append(append(all, d.checkFirewalls(ctx)...), d.checkSubnet()...)
 }
+
+// checkCgroups finds the hierarchies and controllers that limits need.
+func checkCgroups(name, mountinfo string) []Problem {
+	c, err := findCgroups(name, mountinfo)
+	if err != nil {
+		return []Problem{{fmt.Sprintf("there are no cgroups, so no app can be limited: %v", err), "mount -t cgroup2 none /sys/fs/cgroup, as every system with systemd does"}}
+	}
+	var all []Problem
+	for _, name := range []string{"memory", "cpu", "pids"} {
+		if !c.has(name) {
+			all = append(all, Problem{fmt.Sprintf("the cgroup controller %s is not available: its limits do not hold, and one app can take all", name),
+				"boot with cgroup_enable=" + name + " on the kernel command line; in a container or service, have it delegated (Delegate=yes)"})
+		}
+	}
+	return all
+}
+
+// checkRunc asks runc which it is.
+func checkRunc(ctx context.Context, path string) []Problem {
+	const hint = "use the runc that comes with m3o: install m3o again"
+	ctx, cancel := context.WithTimeout(ctx, programTimeout)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, path, "--version")
+	cmd.WaitDelay = 100 * time.Millisecond // something it left may hold the pipe
+	out, err := cmd.Output()
+	switch {
+	case ctx.Err() != nil:
+		return []Problem{{fmt.Sprintf("runc (%s) does not say its version within %v, so no app can start", path, programTimeout), hint}}
+	case err != nil:
+		return []Problem{{fmt.Sprintf("runc (%s) does not run, so no app can start: %v", path, err), hint}}
+	}
+	v, ok := strings.CutPrefix(string(out), "runc version ")
+	if !ok {
+		return []Problem{{fmt.Sprintf("%s is no runc: it says nothing of its version", path), hint}}
+	}
+	if v, _, _ = strings.Cut(v, "\n"); tooOld(v) {
+		return []Problem{{fmt.Sprintf("runc %s has known ways out of a container (CVE-2025-31133, -52565, -52881); 1.2.8, 1.3.3 and 1.4.0 were the first without", v), hint}}
+	}
+	return nil
+}
+
+// programTimeout is how long a program that is asked something may take.
+const programTimeout = 3 * time.Second
 
 // tooOld is whether a runc version lacks the fixes of November 2025.
 func tooOld(version string) bool {
@@ -76,39 +105,11 @@ func tooOld(version string) bool {
 	return minor < 2
 }
 
-// checkFirewalls finds other tables whose chains drop by default: what ours
-// accepts they drop all the same. Docker and ufw are the usual ones.
-func (d *Driver) checkFirewalls() []Problem {
-	c, err := nftables.New()
-	if err != nil {
-		return []Problem{{fmt.Sprintf("the firewall cannot be read: %v", err), "modprobe nf_tables"}}
-	}
-	chains, err := c.ListChains()
-	if err != nil {
-		return []Problem{{fmt.Sprintf("the firewall cannot be read: %v", err), "modprobe nf_tables"}}
-	}
-	var all []Problem
-	for _, ch := range chains {
-		if ch.Table == nil || ch.Table.Name == d.cfg.Name || ch.Hooknum == nil || ch.Policy == nil || *ch.Policy != nftables.ChainPolicyDrop {
-			continue
-		}
-		switch *ch.Hooknum {
-		case *nftables.ChainHookForward:
-			all = append(all, Problem{fmt.Sprintf("the chain %s of table %s drops what is forwarded: apps cannot reach the internet", ch.Name, ch.Table.Name),
-				fmt.Sprintf("iptables -I FORWARD -i %s-+ -j ACCEPT && iptables -I FORWARD -o %s-+ -j ACCEPT", d.cfg.Name, d.cfg.Name)})
-		case *nftables.ChainHookInput:
-			all = append(all, Problem{fmt.Sprintf("the chain %s of table %s drops what comes in: apps may get no name service and answer nobody", ch.Name, ch.Table.Name),
-				fmt.Sprintf("iptables -I INPUT -i %s-+ -j ACCEPT; m3o's own rules still close the host to apps", d.cfg.Name)})
-		}
-	}
-	return all
-}
-
 // checkSubnet finds routes of others that overlap the instances' subnet.
 func (d *Driver) checkSubnet() []Problem {
 	routes, err := d.net.nl.RouteList(nil, unix.AF_INET)
 	if err != nil {
-		return []Problem{{fmt.Sprintf("the routes cannot be read: %v", err), ""}}
+		return []Problem{{fmt.Sprintf("the routes cannot be read: %v", err), "run this as root on Linux"}}
 	}
 	var all []Problem
 	for _, r := range routes {
@@ -125,7 +126,7 @@ func (d *Driver) checkSubnet() []Problem {
 				continue
 			}
 			all = append(all, Problem{fmt.Sprintf("the network %s of this host overlaps %s, where apps get their addresses", p, d.cfg.Subnet),
-				"choose another with --subnet"})
+				"choose a network that nothing here uses with --subnet, such as 10.213.0.0/16 (ip route shows those in use)"})
 		}
 	}
 	return all

@@ -202,7 +202,7 @@ func Open(ctx context.Context, cfg Config) (_ *Driver, err error) {
 	if d.Reconciler, err = runtime.NewReconciler(cfg.Dir, (*containers)(d), cfg.Log); err != nil {
 		return nil, err
 	}
-	d.net = &network{prefix: cfg.Name + "-", subnet: cfg.Subnet, gateway: gatewayFor(cfg.Name), uplink: cfg.Uplink, deny: cfg.Deny, table: cfg.Name}
+	d.net = &network{prefix: cfg.Name + "-", subnet: cfg.Subnet, gateway: GatewayOf(cfg.Name), uplink: cfg.Uplink, deny: cfg.Deny, table: cfg.Name}
 	if d.links, err = openLinks(filepath.Join(cfg.Dir, "links.json"), d.net.putPairs); err != nil {
 		return nil, err
 	}

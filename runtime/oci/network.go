@@ -41,10 +41,10 @@ type network struct {
 // linkLocal is where gateways are, and cloud metadata services.
 var linkLocal = netip.MustParsePrefix("169.254.0.0/16")
 
-// gatewayFor derives the gateway's address from the driver's name, so that two
+// GatewayOf derives the gateway's address from the driver's name, so that two
 // drivers on a host do not meet: 169.254.1.1 for the default name, one of
 // 169.254.2.1 to 169.254.168.254 for any other.
-func gatewayFor(name string) netip.Addr {
+func GatewayOf(name string) netip.Addr {
 	if name == DefaultName {
 		return netip.AddrFrom4([4]byte{169, 254, 1, 1})
 	}

@@ -296,12 +296,12 @@ func TestConfigReportsEveryFault(t *testing.T) {
 }
 
 func TestGatewaysAreOutOfTheWay(t *testing.T) {
-	if got := gatewayFor("m3o"); got != netip.MustParseAddr("169.254.1.1") {
+	if got := GatewayOf("m3o"); got != netip.MustParseAddr("169.254.1.1") {
 		t.Errorf("gateway of m3o is %s", got)
 	}
 	seen := map[netip.Addr]string{}
 	for _, n := range []string{"m3o", "m3otest", "m3otwo", "a", "b", "staging"} {
-		g := gatewayFor(n)
+		g := GatewayOf(n)
 		if b := g.As4(); !linkLocal.Contains(g) || b[2] == 169 || b[3] == 0 || b[3] == 255 || seen[g] != "" {
 			t.Errorf("gateway of %s is %s, that of %q too", n, g, seen[g])
 		}
