@@ -180,7 +180,7 @@ func (p *reporter) tellAll(ctx context.Context, app string) time.Duration {
 		if err != nil {
 			p.r.d.log.Warn("the forge was not told", "app", app, "err", errors.Join(err, errors.Unwrap(err)))
 			if kind == m3o.Denied {
-				p.r.problem(ctx, app, "the forge is not told how deploys go: "+err.Error())
+				p.r.problem(ctx, app, "the forge is not told how deploys go: "+problemWords(err))
 			}
 		}
 		// A newer report of the same thing stays.
