@@ -149,6 +149,9 @@ func TestProxyThatDiesLeavesWhatWasFetched(t *testing.T) {
 	r := newRepo(t)
 	_, out, err := push(t.Context(), t, b, r.commit(m.app("v1.0.0")))
 	ok(t, out, err)
+	if !strings.Contains(out, "       go: downloading "+m.module+" v1.0.0\n") { // nobody else's module: no other test has had it
+		t.Errorf("no download is shown:\n%s", out)
+	}
 	_ = m.srv.Close()
 	_, out, err = push(t.Context(), t, b, r.commit(map[string]string{"more.go": "package main\n\nfunc init() { println(1) }\n"}))
 	ok(t, out, err)

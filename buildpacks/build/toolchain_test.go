@@ -17,12 +17,14 @@ import (
 	goruntime "runtime"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 
 	"github.com/containerd/containerd/v2/core/content"
 	"github.com/containerd/containerd/v2/plugins/content/local"
 	"github.com/google/go-cmp/cmp"
 	"github.com/m3o/m3o"
+	"github.com/m3o/m3o/internal/need"
 	"golang.org/x/mod/sumdb"
 	"golang.org/x/mod/sumdb/dirhash"
 	"golang.org/x/mod/sumdb/note"
@@ -35,6 +37,8 @@ type fakeProxy struct {
 	key  string // of the database
 	zips map[string][]byte
 	sums map[string]string // what the database says, by version
+
+	mu   sync.Mutex // guards hits: the database is asked for several things at once
 	hits []string
 }
 
@@ -56,7 +60,9 @@ func newFakeProxy(t *testing.T, versions ...string) *fakeProxy {
 		return fmt.Appendf(nil, "%s %s %s\n%s %s/go.mod h1:x=\n", path, vers, p.sums[vers], path, vers), nil
 	})))
 	p.Server = httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		p.mu.Lock()
 		p.hits = append(p.hits, r.URL.Path)
+		p.mu.Unlock()
 		file, ok := strings.CutPrefix(r.URL.Path, "/"+toolchainModule+"/@v/")
 		switch {
 		case r.URL.Path == "/sumdb/sums.example.com/supported":
@@ -390,12 +396,11 @@ func TestDNSRelayPassesMessages(t *testing.T) {
 		}
 	}()
 	ctx, cancel := context.WithCancel(t.Context())
-	l, err := net.Listen("tcp4", "127.0.0.1:0")
+	addrs, err := need.Addrs(1)
 	if err != nil {
 		t.Fatal(err)
 	}
-	here := l.Addr().(*net.TCPAddr).AddrPort()
-	_ = l.Close()
+	here := netip.MustParseAddrPort(addrs[0])
 	done := make(chan error, 2)
 	go func() { done <- relayUDP(ctx, here, up) }()
 	go func() { done <- relayTCP(ctx, here, up) }()
