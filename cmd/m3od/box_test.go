@@ -455,10 +455,17 @@ func (p *person) must(t *testing.T, dir, name string, args ...string) string {
 }
 
 // clone makes a git repository of a sample app in the person's home, with the
-// remote m3o for app.
+// remote m3o for app. Both are gone after the test, which can fail before it
+// destroys the app, and can be run again.
 func (p *person) clone(t *testing.T, sample, app string) string {
 	t.Helper()
 	dir := filepath.Join(p.home, app)
+	t.Cleanup(func() {
+		_, _ = p.try("", "m3o", "destroy", app, "--confirm", app) // most have done so
+		if err := os.RemoveAll(dir); err != nil {
+			t.Error(err)
+		}
+	})
 	if err := os.CopyFS(dir, os.DirFS(filepath.Join(need.RepoRoot(t), "testdata", "apps", sample))); err != nil {
 		t.Fatal(err)
 	}
@@ -554,7 +561,7 @@ func (l *lockedBuffer) tail(n int) string {
 // long that works, but what is waited for may be a whole build, and the first
 // one of a new installation fetches a toolchain and compiles the standard
 // library; it can be any test's, as they come in any order.
-const patience = 3 * time.Minute
+const patience = 5 * time.Minute
 
 // eventually polls cond until it holds.
 func eventually(t *testing.T, what string, cond func() bool) {

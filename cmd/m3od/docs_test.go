@@ -28,10 +28,7 @@ func TestGuidesWork(t *testing.T) {
 				script.WriteString(m[1])
 			}
 			p := b.user(t, "reader")
-			work := filepath.Join(p.home, "docs")
-			if err := os.MkdirAll(work, 0o755); err != nil {
-				t.Fatal(err)
-			}
+			work := t.TempDir()
 			out := p.must(t, work, "bash", "-eu", "-o", "pipefail", "-c", script.String())
 			t.Log(out)
 			for _, want := range []string{"Released v1", "rollback to v1"} {

@@ -253,7 +253,7 @@ func TestNewestOfTwoPushesWins(t *testing.T) {
 	if out, err := p.push(dir); err != nil {
 		t.Fatalf("push: %v\n%s", err, out)
 	}
-	second := filepath.Join(p.home, "race2")
+	second := filepath.Join(t.TempDir(), "race2")
 	p.must(t, "", "git", "clone", "-q", "ssh://m3o@"+b.sshHost()+"/race", second)
 	p.must(t, second, "git", "remote", "rename", "origin", "m3o")
 	setVersion(t, p, dir, "older")

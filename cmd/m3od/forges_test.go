@@ -28,7 +28,7 @@ func (x *forged) tell(e forgetest.Event) {
 func (x *forged) submodule(path, name, file, text string) {
 	x.t.Helper()
 	x.f.Repo(x.t, name, true)
-	sub := filepath.Join(x.p.home, filepath.Base(name))
+	sub := x.t.TempDir()
 	put(x.t, sub, file, text)
 	x.p.must(x.t, sub, "git", "init", "-q", "-b", "main")
 	x.p.must(x.t, sub, "git", "add", "-A")

@@ -62,9 +62,10 @@ func TestPushBuildsReleasesAndServes(t *testing.T) {
 		}
 	})
 	t.Run("clone", func(t *testing.T) {
-		ada.must(t, "", "git", "clone", "-q", "ssh://m3o@"+b.sshHost()+"/hello", "copy")
+		copied := filepath.Join(t.TempDir(), "copy")
+		ada.must(t, "", "git", "clone", "-q", "ssh://m3o@"+b.sshHost()+"/hello", copied)
 		want := ada.must(t, dir, "git", "rev-parse", "HEAD")
-		if got := ada.must(t, filepath.Join(ada.home, "copy"), "git", "rev-parse", "HEAD"); got != want {
+		if got := ada.must(t, copied, "git", "rev-parse", "HEAD"); got != want {
 			t.Errorf("the clone is at %q, want %q", got, want)
 		}
 	})

@@ -19,6 +19,7 @@ import (
 func TestSampleRepositories(t *testing.T) {
 	b := theBox(t)
 	ada := b.user(t, "ada")
+	whole := t // the apps stay until the last part
 	for _, c := range []struct{ sample, path, want, says string }{
 		{"pages", "/", "<h1>pages</h1>", "HTTP /healthz"},
 		{"stamped", "/", "stamped premium gold COMMIT ", ""},
@@ -31,7 +32,7 @@ func TestSampleRepositories(t *testing.T) {
 		{"gin-shortener", "/", "gin-shortener", ""},
 	} {
 		t.Run(c.sample, func(t *testing.T) {
-			dir := ada.clone(t, c.sample, c.sample)
+			dir := ada.clone(whole, c.sample, c.sample)
 			ada.must(t, dir, "m3o", "create", c.sample)
 			out, err := ada.push(dir)
 			if err != nil || !strings.Contains(out, c.says) {
