@@ -237,6 +237,24 @@ func TestLimitRefusesWhatIsTooMuch(t *testing.T) {
 	}
 }
 
+// The limit of an app that was destroyed held for the next one of its name.
+func TestAppThatIsMadeAgainHasUsedNothingOfItsLimits(t *testing.T) {
+	f := start(t)
+	up, _ := backend(t, http.HandlerFunc(showing))
+	h := appHost("hello", 1, HTTP1, up)
+	h.Policy = &Policy{Limits: []RateLimit{{Per: PerAddress, Requests: 1, Seconds: 3600}, {Per: PerApp, Requests: 1, Seconds: 3600, Quota: true}}}
+	for _, wants := range [][]int{{200, 429}, {200, 429}} {
+		f.put(t, h)
+		c := f.web(t, true)
+		for i, want := range wants {
+			if res, _ := do(t, c, request1(t, "GET", "https://hello.localhost/", nil)); res.StatusCode != want {
+				t.Errorf("request %d: %d, want %d", i, res.StatusCode, want)
+			}
+		}
+		f.put(t) // destroyed
+	}
+}
+
 func TestLimiter(t *testing.T) {
 	m := newLimiter()
 	now := time.Unix(1_000_000, 0)

@@ -203,6 +203,7 @@ func (rt *Router) drop(h *host) (gone []*endpoint) {
 	}
 	if len(h.app.rows) == 0 {
 		delete(rt.apps, h.App)
+		rt.limiter.forget(h.App)
 	}
 	for _, e := range h.pool {
 		if e.refs--; e.refs == 0 {

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"hash/maphash"
 	"io/fs"
+	"maps"
 	"os"
 	"sync"
 	"time"
@@ -93,6 +94,18 @@ func (m *limiter) take(id limitID, now time.Time) (wait time.Duration, ok bool) 
 	}
 	s.rates[id] = at + each
 	return 0, true
+}
+
+// forget drops the counts of an app that is gone: the next one of its name
+// has not used anything.
+func (m *limiter) forget(app string) {
+	for i := range m.shards {
+		s := &m.shards[i]
+		s.mu.Lock()
+		maps.DeleteFunc(s.rates, func(id limitID, _ int64) bool { return id.app == app })
+		maps.DeleteFunc(s.quotas, func(id limitID, _ quota) bool { return id.app == app })
+		s.mu.Unlock()
+	}
 }
 
 // keptQuota is a quota as it is on disk.
