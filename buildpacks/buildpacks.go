@@ -53,6 +53,7 @@ type Target struct {
 // Go says how the go command is called.
 type Go struct {
 	Work       string   // the go.work to build in, in the tree; "" for none
+	Modules    []string // folders of the modules that Work uses, in the tree
 	Tags       []string // build tags
 	LDFlags    string   // $VERSION, $COMMIT and $TIME stand for those of the commit
 	Flags      []string // GOFLAGS

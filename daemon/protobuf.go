@@ -48,7 +48,7 @@ type interfaces struct {
 // breaks callers of the live release, and finds out which Go code is to be
 // generated. All of it before anything is built.
 func (d *Daemon) compile(ctx context.Context, src m3o.Source, tree *source.Tree, plan *buildpacks.Plan, out output) (interfaces, error) {
-	sources, err := protobuf.Find(tree, path.Clean(plan.Dir))
+	sources, err := protobuf.FindInWorkspace(tree, plan.Dir, path.Dir(plan.Go.Work), plan.Go.Modules)
 	if err == nil && len(sources.Files) == 0 {
 		// An API that is gone altogether breaks callers, too.
 		var in interfaces
@@ -95,7 +95,7 @@ func (d *Daemon) compile(ctx context.Context, src m3o.Source, tree *source.Tree,
 		return in, err
 	}
 	if plan.Builder == "go" {
-		if in.generate, err = goCode(tree, plan, res, out); err != nil {
+		if in.generate, err = goCode(res, out); err != nil {
 			return in, err
 		}
 	}
@@ -246,17 +246,8 @@ func exists(tree fs.FS, name string) bool {
 }
 
 // goCode is the Go code to generate.
-func goCode(tree *source.Tree, plan *buildpacks.Plan, res *protobuf.Result, out output) (build.Generation, error) {
-	gomod, err := tree.ReadFile(path.Join(plan.Dir, "go.mod"))
-	if errors.Is(err, fs.ErrNotExist) { // a workspace
-		out.line("Go code is generated for one module, not for a workspace: what is committed is built.")
-		out.line("build.dir in m3o.yaml with the folder of a module has its code generated")
-		return build.Generation{}, nil
-	}
-	if err != nil {
-		return build.Generation{}, fmt.Errorf("read go.mod: %w", err)
-	}
-	g, err := protobuf.GoPlan(res, gomod)
+func goCode(res *protobuf.Result, out output) (build.Generation, error) {
+	g, err := protobuf.GoPlan(res)
 	if err != nil {
 		return build.Generation{}, err
 	}

@@ -1,14 +1,16 @@
 package build
 
 import (
-	"io/fs"
 	"os"
+	"path"
 	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
 
 	"github.com/m3o/m3o"
+	"github.com/m3o/m3o/buildpacks"
+	"github.com/m3o/m3o/buildpacks/golang"
 	"github.com/m3o/m3o/buildpacks/protobuf"
 	"github.com/m3o/m3o/buildpacks/source"
 	"github.com/m3o/m3o/internal/need"
@@ -23,7 +25,15 @@ func generation(t testing.TB, src m3o.Source) Generation {
 		t.Fatal(err)
 	}
 	defer tree.Close()
-	s, err := protobuf.Find(tree, ".")
+	files, err := buildpacks.ReadFiles(tree)
+	if err != nil {
+		t.Fatal(err)
+	}
+	plan, err := golang.Plan(t.Context(), tree, files)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s, err := protobuf.FindInWorkspace(tree, plan.Dir, path.Dir(plan.Go.Work), plan.Go.Modules)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -31,11 +41,7 @@ func generation(t testing.TB, src m3o.Source) Generation {
 	if err != nil {
 		t.Fatal(err)
 	}
-	gomod, err := fs.ReadFile(tree, "go.mod")
-	if err != nil {
-		t.Fatal(err)
-	}
-	g, err := protobuf.GoPlan(r, gomod)
+	g, err := protobuf.GoPlan(r)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -118,6 +124,30 @@ func TestGeneratedCodeIsMadeOnce(t *testing.T) {
 	three, out := run(src)
 	if c := cached(three); c[stepGenerate] || !c[stepPlugin+"protoc-gen-go@"+protoVersion(three)] || strings.Contains(out, "once for all apps") {
 		t.Errorf("a change of the .proto: steps %+v\n%s", three.Steps, out)
+	}
+}
+
+// All modules of a workspace are built at once; code goes into two of them.
+func TestWorkspaceWithoutGeneratedCode(t *testing.T) {
+	need.Registry(t)
+	b := builder(t)
+	r := newRepo(t)
+	if err := os.CopyFS(r.work, os.DirFS(filepath.Join(need.RepoRoot(t), "testdata/apps/proto-workspace"))); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Remove(filepath.Join(r.work, "m3o.yaml")); err != nil { // it names one module
+		t.Fatal(err)
+	}
+	src := r.commit(nil)
+	src.App = "whole"
+	g := generation(t, src)
+	if len(g.Runs) != 4 {
+		t.Fatalf("%d runs are planned, want 4", len(g.Runs))
+	}
+	res, out, err := build(t.Context(), t, b, src, func(r *Request) { r.Generate = g })
+	ok(t, out, err)
+	if res.Image == "" || cached(res)[stepBuild] {
+		t.Errorf("result %+v\n%s", res, out)
 	}
 }
 

@@ -87,7 +87,7 @@ func (p *planner) readModules() error {
 	}
 	for _, u := range p.work.uses {
 		if u == dirs[0] || len(dirs) > 1 {
-			p.plan.Go.Work = p.work.file
+			p.plan.Go.Work, p.plan.Go.Modules = p.work.file, p.work.uses
 		}
 	}
 	if p.plan.Go.Work == "" {

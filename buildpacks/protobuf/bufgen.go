@@ -10,6 +10,7 @@ import (
 
 // A bufRun is one run that buf.gen.yaml asks for of a plugin that is run here.
 type bufRun struct {
+	dir     string // of buf.gen.yaml
 	plugin  string // genGo, genGRPC or genConnect
 	out     string // folder of the tree
 	opts    []string
@@ -66,17 +67,73 @@ var remotePlugins = map[string]string{
 	"bufbuild/connect-go":     genConnect,
 }
 
-// readGen reads buf.gen.yaml in Dir into l.runs.
+// readGen reads the buf.gen.yaml files of the folders that were searched, and
+// of the workspace's modules, into l.runs.
 func (l *layout) readGen() error {
-	name := path.Join(l.res.Sources.Dir, bufGenName)
-	b, ok, err := readBuf(l.res.Sources.Tree, name)
-	if err != nil || !ok {
-		return err
+	dirs := slices.Clone(l.res.Sources.units)
+	for _, m := range l.res.Sources.modules {
+		dirs = append(dirs, m.dir)
 	}
-	runs, notes, err := parseBufGen(name, l.res.Sources.Dir, b)
-	l.runs = runs
-	l.notes = append(l.notes, notes...)
-	return err
+	for _, dir := range sortedSet(dirs) {
+		name := path.Join(dir, bufGenName)
+		b, ok, err := readBuf(l.res.Sources.Tree, name)
+		if err != nil {
+			return err
+		}
+		if !ok {
+			continue
+		}
+		runs, notes, err := parseBufGen(name, dir, b)
+		if err != nil {
+			return err
+		}
+		l.genDirs = append(l.genDirs, dir)
+		l.runs = append(l.runs, runs...)
+		l.notes = append(l.notes, notes...)
+	}
+	return nil
+}
+
+// genDir is the folder of the buf.gen.yaml that counts for a file: the nearest
+// one in the folder that was searched for it. "" for none.
+func (l *layout) genDir(f *goFile) string {
+	unit := innermost(l.res.Sources.units, f.path)
+	dir := innermost(l.genDirs, f.path)
+	if _, ok := below(unit, dir); !ok && dir != unit {
+		return ""
+	}
+	return dir
+}
+
+// innermost is the folder that a path is below, the nearest of several, "" for none.
+func innermost(dirs []string, p string) string {
+	best := ""
+	for _, d := range dirs {
+		if _, ok := below(d, p); ok && (best == "" || best == "." || len(d) > len(best) && d != ".") {
+			best = d
+		}
+	}
+	return best
+}
+
+// filesOf are the files that a run is for.
+func (l *layout) filesOf(r bufRun) []*goFile {
+	return slices.DeleteFunc(slices.Clone(l.files), func(f *goFile) bool { return l.genDir(f) != r.dir })
+}
+
+// bufParameter is what the plugin of a run gets: what its buf.gen.yaml says of
+// its files, and where the files of others are that they may import.
+func (l *layout) bufParameter(r bufRun) string {
+	opts := []string{r.parameter(l.filesOf(r))}
+	if opts[0] == "" {
+		opts = nil
+	}
+	for _, f := range l.files {
+		if f.imp != "" && l.genDir(f) != r.dir {
+			opts = append(opts, "M"+f.name+"="+f.imp+";"+f.pkg)
+		}
+	}
+	return strings.Join(opts, ",")
 }
 
 func parseBufGen(name, dir string, b []byte) (runs []bufRun, notes []string, err error) {
@@ -129,7 +186,7 @@ func parseBufGen(name, dir string, b []byte) (runs []bufRun, notes []string, err
 		if plugin == genConnect && strings.Contains(called, "/gosimple") {
 			split = append(split, "simple")
 		}
-		runs = append(runs, bufRun{plugin: plugin, out: out, opts: split, managed: man})
+		runs = append(runs, bufRun{dir: dir, plugin: plugin, out: out, opts: split, managed: man})
 	}
 	return runs, notes, nil
 }

@@ -47,10 +47,10 @@ func Compile(ctx context.Context, s Sources) (*Result, error) {
 		return nil, err
 	}
 	res.Notes = append(res.Notes, c.notes()...)
-	res.Services = services(s, res.Set)
-	if res.Stale, err = stale(res); err != nil {
+	if err := res.readGo(); err != nil {
 		return nil, err
 	}
+	res.Services = services(res.Sources, res.Set)
 	return res, nil
 }
 

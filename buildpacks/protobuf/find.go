@@ -9,8 +9,6 @@ import (
 	"path"
 	"slices"
 	"strings"
-
-	"golang.org/x/mod/modfile"
 )
 
 // Find lists the .proto files below dir and the roots their imports are
@@ -34,11 +32,18 @@ import (
 // files need no vendoring.
 func Find(tree fs.FS, dir string) (Sources, error) {
 	dir = path.Clean(dir)
-	f := finder{Sources: Sources{Tree: tree, Dir: dir}}
+	f := finder{Sources: Sources{Tree: tree, Dir: dir, units: []string{dir}}}
 	if !fs.ValidPath(dir) {
 		return f.Sources, invalid("", "the build folder %q leads out of the repository", short(dir))
 	}
-	err := f.find()
+	m, ok, err := readModule(tree, dir)
+	if err != nil {
+		return Sources{}, err
+	}
+	if ok {
+		f.modules = []moduleDir{m}
+	}
+	err = f.find()
 	if err != nil && !errors.Is(err, ErrMissingImport) {
 		return Sources{}, err
 	}
@@ -50,6 +55,7 @@ type finder struct {
 	protos  []string // every candidate below Dir, sorted
 	configs []string // folders below Dir with a buf.yaml
 	deps    []string
+	apart   bool // folders below with a go.mod of their own are left out
 
 	everything map[string][]string // base name → paths in the whole tree, made when needed
 	scans      map[string]scanned
@@ -60,11 +66,6 @@ func (f *finder) find() error {
 	if err := f.walk(); err != nil {
 		return err
 	}
-	gomod, _, err := readBuf(f.Tree, path.Join(f.Dir, "go.mod"))
-	if err != nil {
-		return err
-	}
-	f.module = modfile.ModulePath(gomod)
 	conf, err := loadBuf(f.Tree, f.Dir)
 	if err != nil {
 		return err
@@ -115,7 +116,7 @@ func (f *finder) walk() error {
 		base := path.Base(p)
 		switch {
 		case d.IsDir():
-			if p != f.Dir && f.leftOut(p, base) {
+			if p != f.Dir && (f.leftOut(p, base) || f.apart && isFile(f.Tree, p+"/go.mod")) {
 				return fs.SkipDir
 			}
 		case !d.Type().IsRegular():

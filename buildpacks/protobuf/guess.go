@@ -139,8 +139,8 @@ func (g *guesser) nameFrom(root, p string) (string, bool) {
 	if root != moduleRoot {
 		return below(root, p)
 	}
-	rel, ok := below(g.src.Dir, p)
-	return g.src.module + "/" + rel, ok
+	m, ok := moduleOf(g.src.modules, p)
+	return m.importPath(p), ok
 }
 
 // nearer prefers the base, then a root around the importing file, the closest

@@ -8,6 +8,7 @@ import (
 	"strings"
 
 	"golang.org/x/mod/modfile"
+	"golang.org/x/mod/semver"
 	"google.golang.org/protobuf/compiler/protogen"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/descriptorpb"
@@ -19,13 +20,13 @@ import (
 // buf.gen.yaml names, by the generated code that is there, else by go_package.
 type layout struct {
 	res     *Result
-	mod     *modfile.File
-	module  string
+	mods    []*modfile.File // as res.Sources.modules
 	code    *goCode
 	files   []*goFile // the app's own, by name
 	byName  map[string]*goFile
 	goNames map[string]string // ".pkg.Message" → its Go type's name
 	runs    []bufRun          // of buf.gen.yaml, for the plugins that are run
+	genDirs []string          // folders with a buf.gen.yaml
 	types   *dynamicpb.Types
 
 	stale []Stale
@@ -38,8 +39,8 @@ type goFile struct {
 	desc       *descriptorpb.FileDescriptorProto
 	imp        string            // Go import path
 	pkg        string            // Go package name
-	dir        string            // folder of the tree for imp, "" when it is not of the module
-	needed     bool              // the module's code imports it, directly or not
+	dir        string            // folder of the tree for imp, "" when it is not of the modules
+	needed     bool              // the modules' code imports it, directly or not
 	combined   bool              // its .pb.go has gRPC code in it, too
 	out        map[string]string // plugin → path that buf.gen.yaml makes it have
 }
@@ -50,12 +51,17 @@ func (l *layout) note(format string, args ...any) {
 	l.notes = append(l.notes, fmt.Sprintf(format, args...))
 }
 
-func newLayout(r *Result, mod *modfile.File) (*layout, error) {
-	code, err := readGo(r.Sources.Tree, r.Sources.Dir)
-	if err != nil {
-		return nil, err
+func newLayout(r *Result, mods []*modfile.File) (*layout, error) {
+	code := r.Sources.code
+	if code == nil {
+		code = newGoCode()
+		for _, m := range r.Sources.modules {
+			if err := code.read(r.Sources.Tree, m.dir); err != nil {
+				return nil, err
+			}
+		}
 	}
-	l := &layout{res: r, mod: mod, module: mod.Module.Mod.Path, code: code, byName: map[string]*goFile{}}
+	l := &layout{res: r, mods: mods, code: code, byName: map[string]*goFile{}}
 	descs := map[string]*descriptorpb.FileDescriptorProto{}
 	for _, fd := range r.Set.GetFile() {
 		descs[fd.GetName()] = fd
@@ -104,11 +110,15 @@ func (l *layout) place(f *goFile) {
 		f.imp, f.dir = imp, dir
 	} else if first, _, _ := strings.Cut(imp, "/"); imp == "" || !strings.Contains(strings.Trim(first, "."), ".") {
 		// Nothing, or a folder such as ./pb or gen/pb and not an import path.
-		dir := path.Join(l.res.Sources.Dir, imp)
+		dir := l.res.Sources.Dir
+		if m, ok := moduleOf(l.res.Sources.modules, f.path); ok {
+			dir = m.dir
+		}
+		dir = path.Join(dir, imp)
 		if imp == "" {
 			dir = path.Dir(f.path)
 		}
-		if _, ok := below(l.res.Sources.Dir, dir); !ok && dir != l.res.Sources.Dir {
+		if _, ok := moduleOf(l.res.Sources.modules, dir); !ok {
 			return
 		}
 		f.dir, f.imp = dir, l.importPath(dir)
@@ -149,20 +159,16 @@ func goIdent(s string) string {
 }
 
 func (l *layout) importPath(dir string) string {
-	rel, ok := below(l.res.Sources.Dir, dir)
-	if !ok || rel == "." {
-		return l.module
+	m, ok := moduleOf(l.res.Sources.modules, dir)
+	if !ok {
+		return ""
 	}
-	return l.module + "/" + rel
+	return m.importPath(dir)
 }
 
-// inModule is the folder of an import path of the module.
+// inModule is the folder of an import path of one of the modules.
 func (l *layout) inModule(imp string) (string, bool) {
-	if imp == l.module {
-		return l.res.Sources.Dir, true
-	}
-	rel, ok := strings.CutPrefix(imp, l.module+"/")
-	return path.Join(l.res.Sources.Dir, rel), ok
+	return inModules(l.res.Sources.modules, imp)
 }
 
 // findNeeded marks the files whose Go package the module's code imports, or
@@ -192,9 +198,10 @@ func (l *layout) request(parameter string, names []string) *pluginpb.CodeGenerat
 	return request(l.res.Set, parameter, names)
 }
 
-// defaultParameter places every file of the module where its import path says.
-func (l *layout) defaultParameter() string {
-	opts := []string{"module=" + l.module}
+// defaultParameter places every file of a module where its import path says,
+// and tells where those of the others are.
+func (l *layout) defaultParameter(m moduleDir) string {
+	opts := []string{"module=" + m.path}
 	for _, f := range l.files {
 		if f.imp != "" && f.dir != "" {
 			opts = append(opts, "M"+f.name+"="+f.imp+";"+f.pkg)
@@ -207,10 +214,11 @@ func (l *layout) defaultParameter() string {
 // put their files.
 func (l *layout) placeByRuns() error {
 	for _, r := range l.runs {
-		if len(l.files) == 0 {
-			return nil
+		files := l.filesOf(r)
+		if len(files) == 0 {
+			continue
 		}
-		gen, err := l.protogen(r.parameter(l.files), l.allNames())
+		gen, err := l.protogen(l.bufParameter(r), namesOf(files))
 		if err != nil {
 			return err
 		}
@@ -220,7 +228,7 @@ func (l *layout) placeByRuns() error {
 				module = m
 			}
 		}
-		for _, f := range l.files {
+		for _, f := range files {
 			pf := gen.FilesByPath[f.name]
 			if pf == nil {
 				continue
@@ -239,7 +247,8 @@ func (l *layout) placeByRuns() error {
 			f.imp, f.pkg = string(pf.GoImportPath), string(pf.GoPackageName)
 			f.dir = ""
 			// The folder is what imports go by, whatever go_package says.
-			if dir := path.Dir(out); dir == l.res.Sources.Dir || strings.HasPrefix(dir, l.res.Sources.Dir+"/") || l.res.Sources.Dir == "." {
+			dir := path.Dir(out)
+			if _, ok := moduleOf(l.res.Sources.modules, dir); ok {
 				f.dir = dir
 				if l.code.imports[l.importPath(dir)] {
 					f.imp = l.importPath(dir)
@@ -250,9 +259,9 @@ func (l *layout) placeByRuns() error {
 	return nil
 }
 
-func (l *layout) allNames() []string {
-	names := make([]string, len(l.files))
-	for i, f := range l.files {
+func namesOf(files []*goFile) []string {
+	names := make([]string, len(files))
+	for i, f := range files {
 		names[i] = f.name
 	}
 	return names
@@ -264,7 +273,7 @@ func (l *layout) protogen(parameter string, names []string) (*protogen.Plugin, e
 	gen, err := protogen.Options{ParamFunc: func(string, string) error { return nil }}.New(req)
 	if err != nil {
 		msg, _, _ := strings.Cut(err.Error(), "\n")
-		return nil, invalid(`give each file an option go_package, such as "`+l.module+`/gen/shop/v1;shopv1"`, "Go code of the .proto files: %s", msg)
+		return nil, invalid(`give each file an option go_package, such as "`+l.res.Sources.modules[0].path+`/gen/shop/v1;shopv1"`, "Go code of the .proto files: %s", msg)
 	}
 	return gen, nil
 }
@@ -357,14 +366,18 @@ func goCamel(s string) string {
 	return string(b)
 }
 
-// requires is the version of a module that go.mod names, "" when it does not.
+// requires is the version of a module that go.mod names, the newest in a
+// workspace, "" when none does.
 func (l *layout) requires(module string) string {
-	for _, r := range l.mod.Require {
-		if r.Mod.Path == module {
-			return r.Mod.Version
+	v := ""
+	for _, mod := range l.mods {
+		for _, r := range mod.Require {
+			if r.Mod.Path == module && (v == "" || semver.Compare(r.Mod.Version, v) > 0) {
+				v = r.Mod.Version
+			}
 		}
 	}
-	return ""
+	return v
 }
 
 // usesGRPC says whether people's code uses what protoc-gen-go-grpc makes of the

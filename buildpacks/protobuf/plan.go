@@ -2,12 +2,12 @@ package protobuf
 
 import (
 	"cmp"
+	"fmt"
 	"path"
 	"slices"
 	"strings"
 
 	"github.com/bufbuild/protocompile/options"
-	"golang.org/x/mod/modfile"
 	"golang.org/x/mod/semver"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/descriptorpb"
@@ -50,36 +50,38 @@ var grpcPlugins = []struct{ grpc, plugin string }{
 	{"v1.32.0", "v1.3.0"}, // SupportPackageIsVersion7
 }
 
-// GoPlan says what has to be generated for the Go module whose go.mod is given,
-// and by which plugins:
+// GoPlan says what has to be generated for the Go module, or the modules of the
+// workspace, and by which plugins:
 //
 //   - what exists and is out of date;
-//   - what is missing and the module's own code imports, directly or through
+//   - what is missing and the modules' own code imports, directly or through
 //     other generated code. Service code is made by protoc-gen-go-grpc when that
 //     code names a client or server of the service, and by protoc-gen-connect-go
 //     when it imports the package that plugin makes.
 //
 // Where buf.gen.yaml names one of the three plugins, locally or hosted, its out
 // and opt count, managed mode included. Else a file goes where code for it lies
-// already, where go_package says if that is in the module, or beside the .proto.
+// already, where go_package says if that is in one of the modules, or beside the
+// .proto.
 //
 // The versions are those go.mod requires of google.golang.org/protobuf and
-// connectrpc.com/connect. protoc-gen-go-grpc has versions of its own: the one
+// connectrpc.com/connect; in a workspace, where the go command takes the newest
+// that any module requires, so does this. protoc-gen-go-grpc has versions of its own: the one
 // go.mod names as a tool, else the newest whose code the required grpc-go
 // compiles. A module that is not required is an error of kind Invalid with the
 // command to add it.
-func GoPlan(r *Result, gomod []byte) (Generate, error) {
-	mod, err := modfile.ParseLax("go.mod", gomod, nil)
+func GoPlan(r *Result) (Generate, error) {
+	mods, err := r.Sources.goMods()
 	if err != nil {
-		return Generate{}, invalid("", "%s", short(err.Error()))
+		return Generate{}, err
 	}
-	if mod.Module == nil {
-		return Generate{}, invalid("run go mod init", "go.mod has no module line")
+	if len(mods) == 0 {
+		return Generate{}, invalid("run go mod init", "there is no go.mod in %s", r.Sources.Dir)
 	}
 	if len(r.Sources.Files) == 0 {
 		return Generate{}, nil
 	}
-	l, err := newLayout(r, mod)
+	l, err := newLayout(r, mods)
 	if err != nil {
 		return Generate{}, err
 	}
@@ -129,7 +131,7 @@ func (l *layout) nameOf(p string) string {
 
 // run is the call that writes one file.
 func (l *layout) run(s Stale) (Run, error) {
-	p, err := l.plugin(s.Plugin)
+	p, err := l.plugin(s)
 	if err != nil {
 		return Run{}, err
 	}
@@ -138,8 +140,8 @@ func (l *layout) run(s Stale) (Run, error) {
 		return Run{}, invalid("rename the file", "Go code of %s: its name has a comma, semicolon or equals sign", f.path)
 	}
 	for _, r := range l.runs {
-		if r.plugin == s.Plugin && f.out[s.Plugin] == s.Path {
-			return Run{Plugin: p, Out: r.out, Parameter: r.parameter(l.files)}, nil
+		if r.plugin == s.Plugin && r.dir == l.genDir(f) && f.out[s.Plugin] == s.Path {
+			return Run{Plugin: p, Out: r.out, Parameter: l.bufParameter(r)}, nil
 		}
 	}
 	// A second copy, outside the folder that imports of the first go by, gets
@@ -152,27 +154,32 @@ func (l *layout) run(s Stale) (Run, error) {
 		return Run{}, invalid("delete it, or name its folder in "+bufGenName,
 			"%s cannot be made again: Go code of %s belongs into %s", s.Path, s.Proto, firstOf(f.dir, "another module"))
 	}
-	run := Run{Plugin: p, Out: l.res.Sources.Dir, Parameter: l.defaultParameter()}
+	m, ok := moduleOf(l.res.Sources.modules, f.dir)
+	if !ok {
+		return Run{}, fmt.Errorf("generate %s: %q is in no module", s.Path, f.dir)
+	}
+	run := Run{Plugin: p, Out: m.dir, Parameter: l.defaultParameter(m)}
 	// What the plugins will say themselves is better said before they are built.
 	_, err = l.protogen(run.Parameter, []string{f.name})
 	return run, err
 }
 
-// plugin finds the version of a plugin in go.mod.
-func (l *layout) plugin(name string) (Plugin, error) {
+// plugin finds the version of a file's plugin in go.mod.
+func (l *layout) plugin(s Stale) (Plugin, error) {
+	name := s.Plugin
 	switch name {
 	case genGo:
 		const module = "google.golang.org/protobuf"
 		v := l.requires(module)
 		if v == "" {
-			return Plugin{}, l.notRequired(module, name)
+			return Plugin{}, l.notRequired(module, s)
 		}
 		return Plugin{name, module + "/cmd/" + name, v}, nil
 	case genConnect:
 		const module = "connectrpc.com/connect"
 		v := l.requires(module)
 		if v == "" {
-			return Plugin{}, l.notRequired(module, name)
+			return Plugin{}, l.notRequired(module, s)
 		}
 		return Plugin{name, module + "/cmd/" + name, v}, nil
 	}
@@ -182,7 +189,7 @@ func (l *layout) plugin(name string) (Plugin, error) {
 	const module = "google.golang.org/grpc"
 	v := l.requires(module)
 	if v == "" {
-		return Plugin{}, l.notRequired(module, name)
+		return Plugin{}, l.notRequired(module, s)
 	}
 	for _, p := range grpcPlugins {
 		if semver.Compare(v, p.grpc) >= 0 {
@@ -193,9 +200,12 @@ func (l *layout) plugin(name string) (Plugin, error) {
 	return Plugin{}, invalid("go get "+module+"@latest", "go.mod requires %s %s, and %s makes code for %s and later", module, v, name, oldest)
 }
 
-func (l *layout) notRequired(module, plugin string) error {
-	i := slices.IndexFunc(l.stale, func(s Stale) bool { return s.Plugin == plugin })
-	return invalid("go get "+module, "%s has to be made by %s, but go.mod does not require %s", l.stale[i].Path, plugin, module)
+func (l *layout) notRequired(module string, s Stale) error {
+	hint, gomod := "go get "+module, "go.mod"
+	if m, ok := moduleOf(l.res.Sources.modules, s.Path); ok && len(l.mods) > 1 {
+		hint, gomod = "cd "+m.dir+" && "+hint, path.Join(m.dir, gomod)
+	}
+	return invalid(hint, "%s has to be made by %s, but %s does not require %s", s.Path, s.Plugin, gomod, module)
 }
 
 // Request is what the plugin of a run reads on its standard input.
@@ -210,25 +220,7 @@ func request(set *descriptorpb.FileDescriptorSet, parameter string, names []stri
 	if parameter != "" {
 		req.Parameter = proto.String(parameter)
 	}
-	byName := map[string]*descriptorpb.FileDescriptorProto{}
-	for _, f := range set.GetFile() {
-		byName[f.GetName()] = f
-	}
-	want := map[string]bool{}
-	queue := slices.Clone(req.FileToGenerate)
-	for len(queue) > 0 {
-		n := queue[len(queue)-1]
-		queue = queue[:len(queue)-1]
-		if want[n] || byName[n] == nil {
-			continue
-		}
-		want[n] = true
-		queue = append(queue, byName[n].GetDependency()...)
-	}
-	for _, f := range set.GetFile() { // the set is in order already
-		if !want[f.GetName()] {
-			continue
-		}
+	for _, f := range closure(set, req.FileToGenerate) {
 		// Options that are for the source only go into the second list.
 		if _, ok := slices.BinarySearch(req.FileToGenerate, f.GetName()); ok {
 			req.SourceFileDescriptors = append(req.SourceFileDescriptors, f)
@@ -239,4 +231,30 @@ func request(set *descriptorpb.FileDescriptorSet, parameter string, names []stri
 		req.ProtoFile = append(req.ProtoFile, f)
 	}
 	return req
+}
+
+// closure are files of a set and what they import, in the set's order.
+func closure(set *descriptorpb.FileDescriptorSet, names []string) []*descriptorpb.FileDescriptorProto {
+	byName := map[string]*descriptorpb.FileDescriptorProto{}
+	for _, f := range set.GetFile() {
+		byName[f.GetName()] = f
+	}
+	want := map[string]bool{}
+	queue := slices.Clone(names)
+	for len(queue) > 0 {
+		n := queue[len(queue)-1]
+		queue = queue[:len(queue)-1]
+		if want[n] || byName[n] == nil {
+			continue
+		}
+		want[n] = true
+		queue = append(queue, byName[n].GetDependency()...)
+	}
+	var files []*descriptorpb.FileDescriptorProto
+	for _, f := range set.GetFile() { // the set is in order already
+		if want[f.GetName()] {
+			files = append(files, f)
+		}
+	}
+	return files
 }

@@ -47,8 +47,11 @@ type Sources struct {
 	// they import files of Go modules.
 	Generated []string
 
-	module string            // path of the Go module at Dir, "" without one
-	also   map[string]string // names of dependencies that were searched for, to their paths
+	also    map[string]string // names of dependencies that were searched for, to their paths
+	modules []moduleDir       // Go modules that code is generated for: the one at Dir, or the workspace's
+	units   []string          // folders that were searched, each with buf files of its own; Dir first
+	part    bool              // of a workspace: beyond Dir only what its Go code needs counts
+	code    *goCode           // what of the Go code is built, nil for all of modules
 }
 
 // A File is one .proto file.
@@ -78,29 +81,26 @@ func (s Sources) lookup(name string) (string, bool) {
 	if s.Tree == nil || !fs.ValidPath(name) {
 		return "", false
 	}
-	isFile := func(p string) bool {
-		st, err := fs.Stat(s.Tree, p)
-		return err == nil && st.Mode().IsRegular()
-	}
 	for _, r := range s.Roots {
-		if p := path.Join(r, name); isFile(p) {
+		if p := path.Join(r, name); isFile(s.Tree, p) {
 			return p, true
 		}
 	}
 	// As if the module lay below GOPATH/src, which many import from still.
-	if p, ok := s.ofModule(name); ok && isFile(p) {
+	if p, ok := s.ofModule(name); ok && isFile(s.Tree, p) {
 		return p, true
 	}
 	return "", false
 }
 
-// ofModule is the path of a name that begins with the Go module's path.
+func isFile(tree fs.FS, p string) bool {
+	st, err := fs.Stat(tree, p)
+	return err == nil && st.Mode().IsRegular()
+}
+
+// ofModule is the path of a name that begins with a Go module's path.
 func (s Sources) ofModule(name string) (string, bool) {
-	if s.module == "" {
-		return "", false
-	}
-	rest, ok := strings.CutPrefix(name, s.module+"/")
-	return path.Join(s.Dir, rest), ok
+	return inModules(s.modules, name)
 }
 
 // A Result is what compiling gives.

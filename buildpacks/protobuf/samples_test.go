@@ -42,11 +42,7 @@ func TestPlanOfTheSamples(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			gomod, err := os.ReadFile(filepath.Join(need.RepoRoot(t), "testdata/apps", app, "go.mod"))
-			if err != nil {
-				t.Fatal(err)
-			}
-			g, err := GoPlan(r, gomod)
+			g, err := GoPlan(r)
 			if err != nil {
 				t.Fatal(err)
 			}

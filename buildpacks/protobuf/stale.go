@@ -4,12 +4,11 @@ import (
 	"cmp"
 	"fmt"
 	"io/fs"
-	"path"
 	"slices"
 	"strings"
 
 	"github.com/bufbuild/protocompile/options"
-	"golang.org/x/mod/modfile"
+	"github.com/m3o/m3o"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/reflect/protodesc"
 	"google.golang.org/protobuf/types/descriptorpb"
@@ -38,25 +37,29 @@ func (s Stale) String() string {
 	return fmt.Sprintf("%s is older than %s: %s", s.Path, s.Proto, s.Why)
 }
 
-// stale is empty without a go.mod in Dir, and with one that does not parse:
-// the Go builder reports that.
-func stale(r *Result) ([]Stale, error) {
-	b, ok, err := readBuf(r.Sources.Tree, path.Join(r.Sources.Dir, "go.mod"))
-	if err != nil || !ok {
-		return nil, err
+// readGo fills Stale. That is empty without a go.mod, and with one that does
+// not parse: the Go builder reports that. Of a part of a workspace it drops the
+// files that are not the part's.
+func (r *Result) readGo() error {
+	mods, err := r.Sources.goMods()
+	if m3o.KindOf(err) == m3o.Invalid || err == nil && len(mods) == 0 {
+		return nil
 	}
-	mod, err := modfile.ParseLax("go.mod", b, nil)
-	if err != nil || mod.Module == nil {
-		return nil, nil
-	}
-	l, err := newLayout(r, mod)
 	if err != nil {
-		return nil, err
+		return err
+	}
+	l, err := newLayout(r, mods)
+	if err != nil {
+		return err
+	}
+	if r.Sources.part {
+		l.leaveOthers()
 	}
 	if err := l.check(); err != nil {
-		return nil, err
+		return err
 	}
-	return l.stale, nil
+	r.Stale = l.stale
+	return nil
 }
 
 // check fills l.stale.

@@ -98,11 +98,7 @@ func generate(t testing.TB, r *Result, g Generate, fsys fstest.MapFS) []string {
 
 func plan(t testing.TB, r *Result) Generate {
 	t.Helper()
-	mod, err := fs.ReadFile(r.Sources.Tree, path.Join(r.Sources.Dir, "go.mod"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	g, err := GoPlan(r, mod)
+	g, err := GoPlan(r)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -494,13 +490,14 @@ func TestGoPlanRefuses(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			fsys := tree(tt.tree)
 			r := mustCompile(t, fsys, ".")
-			_, err := GoPlan(r, fsys["go.mod"].Data)
+			_, err := GoPlan(r)
 			wantInvalid(t, err, tt.words...)
 		})
 	}
-	r := mustCompile(t, tree(app), ".")
-	for _, mod := range []string{"", "require x v1\n", "module \x00"} {
-		_, err := GoPlan(r, []byte(mod))
+	for _, mod := range []string{"", "require x v1\n", "module \x00", "module example.com/app\n)\n"} {
+		fsys := tree(app)
+		fsys["go.mod"].Data = []byte(mod)
+		_, err := GoPlan(mustCompile(t, fsys, "."))
 		wantInvalid(t, err)
 	}
 }

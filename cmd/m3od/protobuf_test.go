@@ -112,6 +112,8 @@ func TestProtobufSamplesAnswer(t *testing.T) {
 			"/echo.v1.Echo/Shout", `{"text":"hey","times":2}`, `"text":"HEY HEY"`, "/echo.v1.Echo/Shout", "ADA"},
 		{"demo-shop", []string{`Protobuf: 4 files, 3 services, 5 methods`, `money\.pb\.go is missing`},
 			"/shop.v1.Catalog/GetProduct", `{"id":"lamp"}`, `"units":"35"`, "/shop.v1.Cart/GetCart", "ada"},
+		{"proto-workspace", []string{`Protobuf: 3 files, 2 services, 2 methods`, `contracts/gen/rates/v1/rates_grpc\.pb\.go is missing`, `stock/gen/stock/v1/stock\.pb\.go is missing`},
+			"/stock.v1.Stock/Worth", `{"item":"lamp","count":2}`, `"cents":"8"`, "/rates.v1.Rates/Get", "ada"},
 	} {
 		t.Run(c.sample, func(t *testing.T) {
 			dir := p.clone(t, c.sample, c.sample)

@@ -1,0 +1,3 @@
+module example.com/proto-workspace/other
+
+go 1.26.8

@@ -1,0 +1,2 @@
+// Package other is of another service: its API is not that of stock.
+package other
