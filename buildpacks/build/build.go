@@ -251,7 +251,7 @@ func (b *Builder) openSupervised(ctx context.Context) error {
 		b.log.Warn("builds are not limited: no cgroup can be made", "err", err)
 	} else {
 		b.cgroup = cg
-		b.guard = &guard{cgroup: cg, dir: b.cfg.Dir, disk: b.cfg.Disk, pids: b.cfg.Pids}
+		b.guard = &guard{cgroup: cg, dir: b.cfg.Dir, wrote: written, disk: b.cfg.Disk, pids: b.cfg.Pids}
 	}
 	if b.cfg.NoNetns {
 		b.log.Warn("builds share the host's network and can reach everything it can", "setting", "NoNetns")

@@ -175,7 +175,7 @@ func (b *Builder) once(ctx context.Context) error {
 		cmd.SysProcAttr.Cloneflags = syscall.CLONE_NEWNET
 	}
 	if b.cgroup != nil && b.cgroup.v2 {
-		dir, err := os.Open(filepath.Join(cgroupRoot, b.cgroup.name, "daemon"))
+		dir, err := os.Open(filepath.Join(b.cgroup.roots[0], b.cgroup.name, "daemon"))
 		if err != nil {
 			return fmt.Errorf("open cgroup: %w", err)
 		}

@@ -122,10 +122,10 @@ func limitSteps(dir string, memory int64) error {
 }
 
 func (c *cgroup) create2(memory int64, pids int) error {
-	top := filepath.Join(cgroupRoot, c.name)
+	top := filepath.Join(c.roots[0], c.name)
 	const controllers = "+cpu +memory +io +pids"
 	for _, ctl := range strings.Fields(controllers) {
-		_ = set(cgroupRoot, "cgroup.subtree_control", ctl) // each by itself: one the kernel lacks must not stop the others
+		_ = set(c.roots[0], "cgroup.subtree_control", ctl) // each by itself: one the kernel lacks must not stop the others
 	}
 	if err := os.MkdirAll(filepath.Join(top, "daemon"), 0o755); err != nil {
 		return fmt.Errorf("make cgroup: %w", err)
@@ -201,7 +201,7 @@ func (c *cgroup) pids() []int {
 // kill ends every process in the group and waits until none is left.
 func (c *cgroup) kill(ctx context.Context) error {
 	if c.v2 {
-		_ = set(filepath.Join(cgroupRoot, c.name), "cgroup.kill", "1") // Linux 5.14; the loop does it otherwise
+		_ = set(filepath.Join(c.roots[0], c.name), "cgroup.kill", "1") // Linux 5.14; the loop does it otherwise
 	}
 	for {
 		pids := c.pids()

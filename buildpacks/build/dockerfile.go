@@ -154,8 +154,9 @@ func onlyPort(c v1.ImageConfig) (int, error) {
 	return ports[0], nil
 }
 
-// refusedPull is how a registry says no, or that it knows nobody of that name.
-var refusedPull = regexp.MustCompile(`401 Unauthorized|403 Forbidden|authorization failed|pull access denied|insufficient_scope`)
+// refusedPull is how a registry, or the token service before it, says no, or
+// that it knows nobody of that name.
+var refusedPull = regexp.MustCompile(`401 Unauthorized|403 Forbidden|authorization failed|pull access denied|insufficient_scope|failed to fetch (?:oauth|anonymous) token: (?:unauthorized|denied|forbidden)`)
 
 var dockerfileLine = regexp.MustCompile(`(?:dockerfile|Dockerfile) parse error on line ([0-9]+): (.*)`)
 

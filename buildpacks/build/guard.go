@@ -31,6 +31,7 @@ import (
 type guard struct {
 	cgroup *cgroup
 	dir    string // on the file system that builds write to
+	wrote  func(pids []int, since time.Time) int64
 
 	mu     sync.Mutex // guards the rest
 	disk   int64      // what one step may write
@@ -125,7 +126,7 @@ func (g *guard) look(ctx context.Context, now time.Time) {
 	g.floor = used
 	most, wrote := "", int64(0)
 	for s, pids := range steps {
-		if n := written(pids, since[s]); n > wrote {
+		if n := g.wrote(pids, since[s]); n > wrote {
 			most, wrote = s, n
 		}
 	}

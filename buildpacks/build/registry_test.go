@@ -1,6 +1,7 @@
 package build
 
 import (
+	"crypto/rand"
 	"crypto/tls"
 	"encoding/json"
 	"io"
@@ -10,10 +11,13 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
+	"sync"
 	"testing"
 
 	"github.com/m3o/m3o"
+	"github.com/m3o/m3o/buildpacks"
 	"github.com/opencontainers/go-digest"
 	v1 "github.com/opencontainers/image-spec/specs-go/v1"
 )
@@ -21,10 +25,22 @@ import (
 // A registry serves one image to who knows the password, by the read half of
 // the OCI distribution protocol.
 type registry struct {
+	scheme   string // how it asks for the password
 	password string
 	manifest digest.Digest
 	blobs    map[digest.Digest][]byte
+
+	mu     sync.Mutex // guards tokens
+	tokens []string
 }
+
+// How registries ask: by themselves, or by a token service that takes the
+// password as Docker Hub's does, or as OAuth 2 has it.
+const (
+	basic  = "Basic"
+	bearer = "Bearer"
+	oauth  = "Bearer by OAuth"
+)
 
 func (r *registry) put(b []byte) (digest.Digest, int64) {
 	d := digest.FromBytes(b)
@@ -32,9 +48,9 @@ func (r *registry) put(b []byte) (digest.Digest, int64) {
 	return d, int64(len(b))
 }
 
-func newRegistry(t *testing.T, password string, layer []byte) *registry {
+func newRegistry(t *testing.T, scheme, password string, layer []byte) *registry {
 	t.Helper()
-	r := &registry{password: password, blobs: map[digest.Digest][]byte{}}
+	r := &registry{scheme: scheme, password: password, blobs: map[digest.Digest][]byte{}}
 	must := func(v any) []byte {
 		t.Helper()
 		b, err := json.Marshal(v)
@@ -53,10 +69,54 @@ func newRegistry(t *testing.T, password string, layer []byte) *registry {
 	return r
 }
 
-func (r *registry) ServeHTTP(w http.ResponseWriter, req *http.Request) {
-	if _, p, _ := req.BasicAuth(); p != r.password {
-		w.Header().Set("WWW-Authenticate", `Basic realm="registry"`)
+// refuses answers a request that may not read.
+func (r *registry) refuses(w http.ResponseWriter, req *http.Request) bool {
+	challenge := `Basic realm="registry"`
+	if r.scheme == basic {
+		if _, p, _ := req.BasicAuth(); p == r.password {
+			return false
+		}
+	} else {
+		challenge = `Bearer realm="https://` + req.Host + `/token",service="registry of the test",scope="repository:team/app:pull"`
+		r.mu.Lock()
+		known := slices.Contains(r.tokens, strings.TrimPrefix(req.Header.Get("Authorization"), "Bearer "))
+		r.mu.Unlock()
+		if known {
+			return false
+		}
+	}
+	w.Header().Set("WWW-Authenticate", challenge)
+	http.Error(w, `{"errors":[{"code":"UNAUTHORIZED"}]}`, http.StatusUnauthorized)
+	return true
+}
+
+// token is the token service: it gives a token for the repository alone.
+func (r *registry) token(w http.ResponseWriter, req *http.Request) {
+	user, password, _ := req.BasicAuth()
+	if r.scheme == oauth {
+		if req.Method != http.MethodPost && password != "" {
+			http.Error(w, "", http.StatusMethodNotAllowed)
+			return
+		}
+		user, password = req.FormValue("username"), req.FormValue("password")
+	}
+	if user != "ci" || password != r.password || req.FormValue("service") != "registry of the test" || req.FormValue("scope") != "repository:team/app:pull" {
 		http.Error(w, `{"errors":[{"code":"UNAUTHORIZED"}]}`, http.StatusUnauthorized)
+		return
+	}
+	t := rand.Text()
+	r.mu.Lock()
+	r.tokens = append(r.tokens, t)
+	r.mu.Unlock()
+	_ = json.NewEncoder(w).Encode(map[string]any{"token": t, "access_token": t, "expires_in": 300})
+}
+
+func (r *registry) ServeHTTP(w http.ResponseWriter, req *http.Request) {
+	if req.URL.Path == "/token" {
+		r.token(w, req)
+		return
+	}
+	if r.refuses(w, req) {
 		return
 	}
 	_, ref, ok := strings.Cut(req.URL.Path, "/v2/team/app/")
@@ -80,6 +140,12 @@ func (r *registry) ServeHTTP(w http.ResponseWriter, req *http.Request) {
 
 // A builder that trusts the registry's certificate, as a host does that has it.
 func TestImageOfAPrivateRegistry(t *testing.T) {
+	for _, scheme := range []string{basic, bearer, oauth} {
+		t.Run(scheme, func(t *testing.T) { imageOfAPrivateRegistry(t, scheme) })
+	}
+}
+
+func imageOfAPrivateRegistry(t *testing.T, scheme string) {
 	const password = "p4ssw0rd-of-the-registry"
 	cert, ca := serverCert(t)
 	certs := t.TempDir()
@@ -112,7 +178,8 @@ func TestImageOfAPrivateRegistry(t *testing.T) {
 	l := newWorld(t, worldAddr)
 	_, port, _ := net.SplitHostPort(l.Addr().String())
 	host := net.JoinHostPort(worldAddr, port)
-	srv := &http.Server{Handler: newRegistry(t, password, layer), ErrorLog: log.New(io.Discard, "", 0)}
+	images := newRegistry(t, scheme, password, layer)
+	srv := &http.Server{Handler: images, ErrorLog: log.New(io.Discard, "", 0)}
 	ended := make(chan struct{})
 	go func() {
 		defer close(ended)
@@ -141,8 +208,25 @@ func TestImageOfAPrivateRegistry(t *testing.T) {
 	if got, err := os.ReadFile(filepath.Join(into, "ca.pem")); err != nil || string(got) != ca || res.Port != 9090 {
 		t.Errorf("port %d, %d bytes of the image's file, %v", res.Port, len(got), err)
 	}
+	// The same image below a FROM line.
+	based := repo(t, map[string]string{"Dockerfile": "FROM " + host + "/team/app:1.2\nCOPY more /more\n", "more": "more"})
+	res, out, err = build(t.Context(), t, b, based, func(r *Request) {
+		r.Plan = &buildpacks.Plan{Builder: "dockerfile", Dir: ".", Docker: buildpacks.Docker{File: "Dockerfile"}}
+		r.NoCache, r.Registries = true, m3o.Secret(`{"auths":{"`+host+`":{"username":"ci","password":"`+password+`"}}}`)
+	})
+	ok(t, out, err)
+	into = t.TempDir()
+	untar(t, b, res.Image, into)
+	if got, err := os.ReadFile(filepath.Join(into, "more")); err != nil || string(got) != "more" {
+		t.Errorf("the file of the Dockerfile: %q, %v", got, err)
+	}
+	images.mu.Lock()
+	defer images.mu.Unlock()
+	if (len(images.tokens) > 0) != (scheme != basic) {
+		t.Errorf("%d tokens were given", len(images.tokens))
+	}
 	for _, where := range []string{b.dir("buildkit"), b.Images()} {
-		for _, secret := range []string{password, "Y2k6cDRzc3cwcmQtb2YtdGhlLXJlZ2lzdHJ5"} {
+		for _, secret := range append([]string{password, "Y2k6cDRzc3cwcmQtb2YtdGhlLXJlZ2lzdHJ5"}, images.tokens...) {
 			if found, err := exec.Command("grep", "-rlF", "--binary-files=text", secret, where).Output(); err == nil {
 				t.Errorf("the password is in %s", found)
 			}
