@@ -5,7 +5,6 @@ import (
 	"io"
 	"net"
 	"net/http"
-	"strings"
 	"sync/atomic"
 	"testing"
 
@@ -87,29 +86,5 @@ func TestRapidResetCostsNobodyElseARequest(t *testing.T) {
 		if res, _ := do(t, f.web(t, true), request1(t, "GET", "https://"+host+".localhost/fine", nil)); res.StatusCode != 200 {
 			t.Errorf("%s afterwards: %s", host, res.Status)
 		}
-	}
-}
-
-// A header without an end (CVE-2023-45288) ends the connection.
-func TestHeaderWithoutAnEndEndsTheConnection(t *testing.T) {
-	f := start(t)
-	f.put(t, appHost("one", 1, HTTP1, "127.0.0.1:1"))
-	var large bytes.Buffer
-	if err := hpack.NewEncoder(&large).WriteField(hpack.HeaderField{Name: "x-flood", Value: strings.Repeat("x", 10_000)}); err != nil {
-		t.Fatal(err)
-	}
-	for name, part := range map[string][]byte{"large": large.Bytes(), "without fields": {0x20}} { // a new size of the table
-		t.Run(name, func(t *testing.T) {
-			_, fr := h2raw(t, f.http)
-			if err := fr.WriteHeaders(http2.HeadersFrameParam{StreamID: 1, BlockFragment: h2head(t, "one.localhost")}); err != nil {
-				t.Fatal(err)
-			}
-			for range 2_000_000 {
-				if err := fr.WriteContinuation(1, false, part); err != nil {
-					return
-				}
-			}
-			t.Error("the router took it all")
-		})
 	}
 }

@@ -79,6 +79,7 @@ type endpoint struct {
 	// wants the endpoint first counts itself in and then looks at retired, so
 	// either it backs off or Drain sees it: no request slips between.
 	retired atomic.Bool
+	awaited atomic.Bool  // idle has been made
 	failed  atomic.Int64 // unix nanoseconds of the last dial that failed
 	outlier outlier
 	h1      h1pool
@@ -138,7 +139,7 @@ func (c *call) done() {
 }
 
 func (e *endpoint) leave() {
-	if e.inflight.Add(-1) == 0 && e.retired.Load() {
+	if e.inflight.Add(-1) == 0 && e.awaited.Load() {
 		e.mu.Lock()
 		if e.idle != nil {
 			close(e.idle)
@@ -219,7 +220,8 @@ func (e *endpoint) closeIdle() {
 	e.h2.CloseIdleConnections()
 }
 
-// waitIdle waits until nothing is in flight on the retired endpoint.
+// waitIdle waits until nothing is in flight on the endpoint, which is retired
+// or the router's that ends.
 func (e *endpoint) waitIdle(ctx context.Context) error {
 	for {
 		e.mu.Lock()
@@ -229,6 +231,7 @@ func (e *endpoint) waitIdle(ctx context.Context) error {
 		}
 		if e.idle == nil {
 			e.idle = make(chan struct{})
+			e.awaited.Store(true)
 		}
 		idle := e.idle
 		e.mu.Unlock()

@@ -15,6 +15,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"golang.org/x/net/websocket"
@@ -455,6 +456,24 @@ func TestRunEndsGracefully(t *testing.T) {
 	if _, err := f.client.Status(t.Context()); m3o.KindOf(err) != m3o.Unavailable {
 		t.Errorf("status of a router that is gone: %v", err)
 	}
+}
+
+// The end of a router waited five seconds for calls that had ended meanwhile.
+func TestEndOfTheLastCallOfALiveEndpointIsNoticed(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newEndpoint(releaseID{"one", 1}, "127.0.0.1:1", Limits{}.withDefaults())
+		var c call
+		if !e.add(&c) {
+			t.Fatal("the endpoint is retired")
+		}
+		done := make(chan error, 1)
+		go func() { done <- e.waitIdle(t.Context()) }()
+		synctest.Wait()
+		c.done()
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+	})
 }
 
 func TestControlSocketIsPrivate(t *testing.T) {
