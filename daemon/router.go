@@ -234,6 +234,9 @@ func portError(what, addr string, err error) error {
 	case errors.Is(err, syscall.EADDRINUSE) && what == "internal":
 		return &m3o.Error{Kind: m3o.Unavailable, Msg: "calls between apps cannot come in at " + addr + ": another program listens there",
 			Hint: "ss -ltnp shows it: give it another port", Err: err}
+	case errors.Is(err, syscall.EADDRINUSE) && what == "http3":
+		return &m3o.Error{Kind: m3o.Unavailable, Msg: "http3: another program has UDP on " + addr,
+			Hint: "stop it (ss -lunp shows it), choose another address with --https, or leave --http3 out", Err: err}
 	case errors.Is(err, syscall.EADDRINUSE):
 		return &m3o.Error{Kind: m3o.Unavailable, Msg: fmt.Sprintf("%s: another program listens on %s", what, addr),
 			Hint: fmt.Sprintf("stop it (ss -ltnp shows it) or choose another address with --%s", what), Err: err}

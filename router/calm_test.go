@@ -21,13 +21,17 @@ var floods = map[string]struct {
 	write func(fr *http2.Framer, head []byte, n uint32) error
 	most  int // of them are taken
 }{
-	"PING":          {"", func(fr *http2.Framer, _ []byte, _ uint32) error { return fr.WritePing(false, [8]byte{}) }, calmSpare},
-	"SETTINGS":      {"", func(fr *http2.Framer, _ []byte, _ uint32) error { return fr.WriteSettings() }, calmSpare},
-	"PRIORITY":      {"", func(fr *http2.Framer, _ []byte, n uint32) error { return fr.WritePriority(2*n+1, http2.PriorityParam{}) }, calmSpare},
+	"PING":     {"", func(fr *http2.Framer, _ []byte, _ uint32) error { return fr.WritePing(false, [8]byte{}) }, calmSpare},
+	"SETTINGS": {"", func(fr *http2.Framer, _ []byte, _ uint32) error { return fr.WriteSettings() }, calmSpare},
+	"PRIORITY": {"", func(fr *http2.Framer, _ []byte, n uint32) error {
+		return fr.WritePriority(2*n+1, http2.PriorityParam{})
+	}, calmSpare},
 	"WINDOW_UPDATE": {"", func(fr *http2.Framer, _ []byte, _ uint32) error { return fr.WriteWindowUpdate(0, 1) }, calmSpare},
 	"unknown":       {"", func(fr *http2.Framer, _ []byte, _ uint32) error { return fr.WriteRawFrame(0x42, 0, 0, nil) }, calmSpare},
 	"empty DATA":    {"/sum", func(fr *http2.Framer, _ []byte, _ uint32) error { return fr.WriteData(1, false, nil) }, calmSpare},
-	"padding":       {"/sum", func(fr *http2.Framer, _ []byte, _ uint32) error { return fr.WriteDataPadded(1, false, nil, make([]byte, 9)) }, calmSpare},
+	"padding": {"/sum", func(fr *http2.Framer, _ []byte, _ uint32) error {
+		return fr.WriteDataPadded(1, false, nil, make([]byte, 9))
+	}, calmSpare},
 	"RST_STREAM": {"", func(fr *http2.Framer, head []byte, n uint32) error {
 		if err := fr.WriteHeaders(http2.HeadersFrameParam{StreamID: 2*n + 1, BlockFragment: head, EndStream: true, EndHeaders: true}); err != nil {
 			return err
