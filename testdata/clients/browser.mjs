@@ -19,9 +19,13 @@ for (const [name, file] of Object.entries({
   "@bufbuild/protobuf/wire": "@bufbuild/protobuf/dist/esm/wire/index.js",
 })) imports[name] = "/page/node_modules/" + file;
 
-const browser = await chromium.launch({ executablePath: "/usr/bin/chromium", args: ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"] });
+// All of this waits for what happens, and only what never does ends the waiting:
+// a browser begins slowly beside builds. /dev/shm is tiny in some containers.
+const timeout = 180_000;
+const browser = await chromium.launch({ timeout, executablePath: "/usr/bin/chromium", args: ["--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"] });
 try {
   const context = await browser.newContext({ ignoreHTTPSErrors: true, colorScheme: "dark" });
+  context.setDefaultTimeout(timeout);
   const page = await context.newPage();
   page.on("pageerror", (e) => console.log("page error", e.message));
   // Files of this folder stand in for a page that the app does not have.
