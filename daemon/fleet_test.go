@@ -4,10 +4,12 @@ import (
 	"context"
 	"io"
 	"log/slog"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"os"
 	"os/signal"
+	"path/filepath"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -70,6 +72,37 @@ func daemonWithRouter(t *testing.T, dir, version string, httpAddr, httpsAddr str
 		}
 	})
 	return d
+}
+
+// The daemon asked a retiring router and the one that serves within the same
+// two seconds. When the first hung, it took the second for gone, removed its
+// socket and could not start for its ports.
+func TestDaemonFindsItsRouterBesideOneThatHangs(t *testing.T) {
+	dir, err := os.MkdirTemp("", "m3o-fleet-") // short: it holds sockets
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = os.RemoveAll(dir) })
+	addrs, err := need.Addrs(2)
+	if err != nil {
+		t.Fatal(err)
+	}
+	before, err := daemonWithRouter(t, dir, "one", addrs[0], addrs[1]).router.Status(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	hangs, err := net.Listen("unix", filepath.Join(dir, "run", "router-1.sock"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer hangs.Close() //nolint:errcheck // nobody was answered
+	d := daemonWithRouter(t, dir, "one", addrs[0], addrs[1])
+	if st, err := d.router.Status(t.Context()); err != nil || st.PID != before.PID {
+		t.Errorf("router %d, %v, want %d still", st.PID, err, before.PID)
+	}
+	if n := len(d.fleet.retiring()); n != 0 {
+		t.Errorf("%d routers retire, want none", n)
+	}
 }
 
 func TestNewDaemonBringsANewRouterAndNoRequestFails(t *testing.T) {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"net"
 	"net/netip"
@@ -87,10 +88,8 @@ func RunRouter(ctx context.Context, cfg Config, version string, log *slog.Logger
 // startRouter makes sure that a router runs: the one that outlived an earlier
 // daemon, or a new one.
 func (d *Daemon) startRouter(ctx context.Context) error {
-	sctx, cancel := context.WithTimeout(ctx, 2*time.Second)
-	defer cancel()
-	d.findRetiring(sctx)
-	if st, err := d.router.Status(sctx); err == nil {
+	d.findRetiring(ctx)
+	if st, err := d.runningRouter(ctx); err == nil {
 		if st.Version != routerVersion(d.cfg, d.version) {
 			return d.upgradeRouter(ctx, st)
 		}
@@ -98,6 +97,30 @@ func (d *Daemon) startRouter(ctx context.Context) error {
 		return nil
 	}
 	return d.spawnRouter(ctx, nil)
+}
+
+// routerPatience is how long a router that is there may take to say so. Busy
+// is not gone: its ports are taken, so that no other can be started.
+const routerPatience = 30 * time.Second
+
+// runningRouter asks the router that outlived an earlier daemon how it is. An
+// error means that there is none, or one that is stuck.
+func (d *Daemon) runningRouter(ctx context.Context) (st router.Status, err error) {
+	ctx, cancel := context.WithTimeout(ctx, routerPatience)
+	defer cancel()
+	for {
+		sctx, scancel := context.WithTimeout(ctx, 5*time.Second)
+		st, err = d.router.Status(sctx)
+		scancel()
+		if err == nil || errors.Is(err, syscall.ECONNREFUSED) || errors.Is(err, fs.ErrNotExist) {
+			return st, err
+		}
+		select {
+		case <-ctx.Done():
+			return st, err
+		case <-time.After(20 * time.Millisecond):
+		}
+	}
 }
 
 // spawnRouter starts a router, on listeners that another one handed over or on
