@@ -572,16 +572,46 @@ func (d *Daemon) releaseCommand(ctx context.Context, rel m3o.Release, out output
 	return nil
 }
 
-// discard stops what has been started of a release that will not be live.
+// discard stops what has been started of a release that will not be live, or
+// is no more.
 func (d *Daemon) discard(ctx context.Context, rel m3o.Release) {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Minute)
 	defer cancel()
-	for name := range rel.Processes {
-		if err := d.driver.Stop(ctx, ref(rel, name)); err != nil {
-			d.log.Error("stop instances of a failed release", "app", rel.App, "release", rel.Version, "err", err)
-		}
+	for _, name := range slices.Sorted(maps.Keys(rel.Processes)) {
+		d.stop(ctx, ref(rel, name))
 	}
 	d.routes.forget(rel.App, rel.Version)
+}
+
+// The pauses before another try to stop what could not be stopped.
+const (
+	stopAgain     = 200 * time.Millisecond
+	stopAgainMost = time.Minute
+)
+
+// stop stops what nobody wants. Where that fails it is tried again in the
+// background: until the next start of the daemon nobody else would.
+func (d *Daemon) stop(ctx context.Context, r runtime.Ref) {
+	err := d.driver.Stop(ctx, r)
+	if err == nil || d.bgCtx.Err() != nil {
+		return
+	}
+	d.log.Error("stop instances", "app", r.App, "release", r.Release, "err", err)
+	d.warn(r.App, "%s of v%d cannot be stopped, which is tried again: %s", r.Process, r.Release, firstLine(userMessage(err)))
+	gone := d.leaving.begin(r.App, r.Release) // a request that wakes the release waits
+	d.background(func(ctx context.Context) {
+		defer gone()
+		for wait := stopAgain; ; wait = min(2*wait, stopAgainMost) {
+			pause(ctx, wait)
+			if ctx.Err() != nil {
+				return
+			}
+			if err := d.driver.Stop(ctx, r); err == nil {
+				d.tell(r.App, "%s of v%d is stopped after all", r.Process, r.Release)
+				return
+			}
+		}
+	})
 }
 
 // takeBack leads the router back to the previous release and stops rel.

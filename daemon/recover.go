@@ -136,9 +136,7 @@ func (d *Daemon) startLive(ctx context.Context) error {
 		d.background(func(ctx context.Context) {
 			defer gone()
 			d.drain(ctx, r.App, r.Release)
-			if err := d.driver.Stop(ctx, r); err != nil {
-				d.log.Error("stop stale instances", "app", r.App, "release", r.Release, "err", err)
-			}
+			d.stop(ctx, r)
 		})
 	}
 	return nil

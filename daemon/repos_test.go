@@ -1,13 +1,10 @@
 package daemon
 
 import (
-	"cmp"
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"io"
-	"log/slog"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -24,81 +21,14 @@ import (
 	"github.com/m3o/m3o/auth"
 	"github.com/m3o/m3o/buildpacks/build"
 	"github.com/m3o/m3o/config"
-	"github.com/m3o/m3o/gitserver"
 	"github.com/m3o/m3o/internal/need"
-	"github.com/m3o/m3o/router"
-	"github.com/m3o/m3o/runtime/memory"
 	"github.com/m3o/m3o/webhook/forgetest"
 )
 
-// pretend is a builder that makes no image: what is tested is what leads to a
-// build and what follows it.
-type pretend struct {
-	builder            // for what no deploy of these tests calls
-	mu      sync.Mutex // guards built
-	built   []build.Request
-	now     build.Basis // what a build uses
-	next    string      // the base that a fetched toolchain has
-	sbom    string
-	onward  func(ctx context.Context, r build.Request) error // decides how a build ends; nil: well
-}
-
-func (p *pretend) Build(ctx context.Context, r build.Request) (build.Result, error) {
-	p.mu.Lock()
-	p.built = append(p.built, r)
-	p.mu.Unlock()
-	if p.onward != nil {
-		if err := p.onward(ctx, r); err != nil {
-			return build.Result{}, err
-		}
-	}
-	return build.Result{Image: "sha256:" + r.Commit + strings.Repeat("0", 24), Basis: p.now}, nil
-}
-func (p *pretend) Import(context.Context, string, io.Reader) (build.Result, error) {
-	return build.Result{}, errors.New("no images here")
-}
-func (p *pretend) SBOM(context.Context, string) ([]byte, error) {
-	return []byte(cmp.Or(p.sbom, "{}")), nil
-}
-func (p *pretend) Attach(context.Context, string, build.Attachment) error { return nil }
-func (p *pretend) Current(context.Context, string) (build.Basis, error)   { return p.now, nil }
-func (p *pretend) Fetch(_ context.Context, version string, _ func(string, ...any)) error {
-	p.now = build.Basis{Toolchain: version, Base: p.next}
-	return nil
-}
-func (p *pretend) Run(ctx context.Context) error         { <-ctx.Done(); return nil }
-func (p *pretend) Ready(context.Context) error           { return nil }
-func (p *pretend) Prune(context.Context, []string) error { return nil }
-func (p *pretend) Images() string                        { return "" }
-
-// commits are what was built, app and commit.
-func (p *pretend) commits() []string {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	var out []string
-	for _, r := range p.built {
-		out = append(out, r.App+" "+r.Commit)
-	}
-	return out
-}
-
-// noRouter takes every table.
-type noRouter struct{}
-
-func (noRouter) Put(context.Context, router.Table) (string, error)    { return "", nil }
-func (noRouter) Apply(context.Context, router.Change) (string, error) { return "", nil }
-
-type memoryDriver struct{ *memory.Driver }
-
-func (memoryDriver) Prune(context.Context, []string) error { return nil }
-
-// A shop is a daemon whose builds make nothing and whose apps are functions,
-// with a forge beside it.
+// A shop is a works with a forge beside it.
 type shop struct {
-	t      *testing.T
-	d      *Daemon
+	*works
 	f      *forgetest.Forge
-	b      *pretend
 	hooks  *httptest.Server
 	dir    string // a member's clone
 	repo   string
@@ -109,67 +39,10 @@ type shop struct {
 
 func newShop(t *testing.T) *shop {
 	t.Helper()
-	need.Program(t, "git")
-	s := &shop{t: t, f: forgetest.New(t), b: &pretend{}, dir: t.TempDir(), repo: "org/app", as: "github"}
-	cfg := Config{Data: t.TempDir(), HTTP: "127.0.0.1:0", HTTPS: "127.0.0.1:0", SSH: "127.0.0.1:0", Bin: t.TempDir(), Drain: time.Second, ForgeCA: s.f.CAFile}
-	if err := cfg.Validate(); err != nil {
-		t.Fatal(err)
-	}
-	log := slog.New(slog.DiscardHandler)
-	d, err := New(t.Context(), cfg, "test", log)
-	if err != nil {
-		t.Fatal(err)
-	}
-	s.d = d
-	mem, err := memory.Open(memory.Config{Dir: t.TempDir(), Program: func(ctx context.Context, p memory.Process) int {
-		ln, err := p.Listen("tcp", ":"+p.Env("PORT"))
-		if err != nil {
-			return 1
-		}
-		srv := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { _, _ = io.WriteString(w, "ok") })}
-		stop := context.AfterFunc(ctx, func() { _ = srv.Close() })
-		defer stop()
-		_ = srv.Serve(ln)
-		return 0
-	}})
-	if err != nil {
-		t.Fatal(err)
-	}
-	d.driver, d.builder = memoryDriver{mem}, s.b
-	d.routes.router = noRouter{}
-	d.routes.open()
-	if d.git, err = gitserver.New(gitserver.Config{Listener: d.ssh, HostKey: d.hostKey, Repos: d.cfg.path("repos"), Users: d.auth, Apps: pushes{d}, Log: log}); err != nil {
-		t.Fatal(err)
-	}
-	ctx, cancel := context.WithCancel(context.Background())
-	var wg sync.WaitGroup
-	for _, run := range []func(context.Context) error{d.routes.run, d.driver.Serve, func(ctx context.Context) error { return d.routes.follow(ctx, d.driver) }, d.repos.run} {
-		wg.Go(func() {
-			if err := run(ctx); err != nil && ctx.Err() == nil {
-				t.Error(err)
-			}
-		})
-	}
-	d.repos.start()
-	t.Cleanup(func() {
-		cancel()
-		d.bgCancel()
-		wg.Wait()
-		d.bg.Wait()
-		sctx, stop := context.WithTimeout(context.Background(), time.Minute)
-		defer stop()
-		if err := errors.Join(d.driver.Shutdown(sctx), d.auth.Close(), d.store.Close(), d.ssh.Close(), d.api.Close()); err != nil {
-			t.Error(err)
-		}
-	})
-	s.hooks = httptest.NewServer(d.apiHandler())
+	f := forgetest.New(t)
+	s := &shop{works: newWorks(t, func(c *Config) { c.ForgeCA = f.CAFile }), f: f, dir: t.TempDir(), repo: "org/app", as: "github"}
+	s.hooks = httptest.NewServer(s.d.apiHandler())
 	t.Cleanup(s.hooks.Close)
-	if _, err := d.auth.CreateUser(t.Context(), "ada", false); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := d.createApp(t.Context(), m3o.App{Name: "app", Owner: "ada"}); err != nil {
-		t.Fatal(err)
-	}
 	s.f.Repo(t, s.repo, true)
 	if err := os.CopyFS(s.dir, os.DirFS(filepath.Join(need.RepoRoot(t), "testdata", "apps", "hello-http"))); err != nil {
 		t.Fatal(err)
@@ -271,16 +144,15 @@ func (s *shop) note() string {
 	return string(l[0].State) + " " + l[0].Note
 }
 
-// until polls for what other goroutines bring about.
+// until waits for what other goroutines bring about.
 func (s *shop) until(what string, cond func() bool) {
 	s.t.Helper()
-	tick := time.NewTicker(5 * time.Millisecond)
-	defer tick.Stop()
-	for deadline := time.Now().Add(2 * time.Minute); !cond(); <-tick.C {
-		if time.Now().After(deadline) {
-			s.t.Fatalf("no %s within two minutes; the last delivery: %s", what, s.note())
+	defer func() {
+		if s.t.Failed() {
+			s.t.Logf("the last delivery: %s", s.note())
 		}
-	}
+	}()
+	s.works.until(what, cond)
 }
 
 func (s *shop) status(commit, state string) forgetest.Status {

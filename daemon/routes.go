@@ -37,7 +37,7 @@ type routes struct {
 	api    string // endpoint of the daemon's API
 	router tables
 	log    *slog.Logger
-	told   func(old, now m3o.Instance)     // of a change that follow has taken in; old is zero for a new one
+	told   func(old, now m3o.Instance)     // of a change that follow has taken in; old is zero for a new one, now for one that is gone unseen
 	policy func(app string) *router.Policy // what app asks of its requests; nil for nothing
 
 	mu        sync.Mutex // guards what follows
@@ -580,9 +580,37 @@ func (r *routes) run(ctx context.Context) error {
 	}
 }
 
-// follow takes in the driver's events until ctx ends.
+// news is a change of an instance.
+type news struct{ old, now m3o.Instance }
+
+// seed makes fresh, a list that may be a moment old, all the instances there
+// are, and says what that changed. The caller holds mu.
+func (r *routes) seed(fresh map[string]m3o.Instance) (all []news) {
+	was := r.instances
+	r.instances, r.byApp = map[string]m3o.Instance{}, map[string]map[string]bool{}
+	for id, in := range fresh {
+		old := was[id]
+		if old.At.After(in.At) {
+			in = old // what made it so is yet to come
+		}
+		r.insert(in)
+		if old.Phase != in.Phase || old.Addr != in.Addr {
+			all = append(all, news{old, in})
+		}
+	}
+	for id, old := range was {
+		if _, ok := fresh[id]; !ok {
+			all = append(all, news{old: old})
+		}
+	}
+	r.touch("")
+	return all
+}
+
+// follow takes in the driver's events until ctx ends. What came about while
+// they were broken off is told like the rest, but for the first time.
 func (r *routes) follow(ctx context.Context, d runtime.Driver) error {
-	for ctx.Err() == nil {
+	for again := false; ctx.Err() == nil; again = true {
 		fresh := map[string]m3o.Instance{}
 		seeded := false
 		for in, err := range d.Events(ctx) {
@@ -593,24 +621,23 @@ func (r *routes) follow(ctx context.Context, d runtime.Driver) error {
 				break
 			}
 			r.mu.Lock()
-			old, tell := r.instances[in.ID], false
+			old := r.instances[in.ID]
+			var tell []news
 			switch {
 			case in.ID == "": // all that exist have been told
 				seeded = true
-				r.instances, r.byApp = map[string]m3o.Instance{}, map[string]map[string]bool{}
-				for _, in := range fresh {
-					r.insert(in)
+				if tell = r.seed(fresh); !again {
+					tell = nil
 				}
-				r.touch("")
 			case !seeded:
 				fresh[in.ID] = in
 			case r.merge(in):
 				r.touch(in.App)
-				tell = true
+				tell = []news{{old, in}}
 			}
 			r.mu.Unlock()
-			if tell {
-				r.told(old, in)
+			for _, n := range tell {
+				r.told(n.old, n.now)
 			}
 		}
 		select {

@@ -280,3 +280,24 @@ func TestOnlyWhatChangedIsSent(t *testing.T) {
 		}
 	})
 }
+
+// A list of instances that was made before one got ready, and taken in after,
+// left the app without any.
+func TestOldListTakesNoReadyInstanceBack(t *testing.T) {
+	r := newRoutes("localhost", "unix:/nowhere", &puts{}, slog.New(slog.DiscardHandler))
+	at := time.Now()
+	one, two := ready("hello", 1, "one", "127.0.0.1:1", at), ready("hello", 1, "two", "127.0.0.1:2", at)
+	r.know([]m3o.Instance{one, two})
+	was, fresh := one, ready("hello", 1, "three", "127.0.0.1:3", at)
+	was.Phase, was.At = m3o.Starting, at.Add(-time.Second)
+	r.mu.Lock()
+	changed := r.seed(map[string]m3o.Instance{"one": was, "three": fresh})
+	r.mu.Unlock()
+	if got := r.list("hello"); !slices.Equal(got, []m3o.Instance{one, fresh}) {
+		t.Errorf("there are %+v, want one, which is ready, and three", got)
+	}
+	slices.SortFunc(changed, func(a, b news) int { return strings.Compare(a.old.ID, b.old.ID) })
+	if !slices.Equal(changed, []news{{now: fresh}, {old: two}}) {
+		t.Errorf("told is %+v, want that three is new and two is gone", changed)
+	}
+}

@@ -47,9 +47,11 @@ func isRollback(rel m3o.Release) bool {
 
 // awaitCrashes waits until instances of rel have exited by themselves
 // trialCrashes times, and returns the last of them; false when ctx ended first.
+// It goes by what an instance counts itself: news of a crash can be missed.
 func (d *Daemon) awaitCrashes(ctx context.Context, rel m3o.Release) (m3o.Instance, bool) {
-	crashes := 0
-	for ctx.Err() == nil {
+	before := map[string]int{}  // crashes of an instance when it was first listed
+	crashes := map[string]int{} // since then
+	for first := true; ctx.Err() == nil; first = false {
 		going, listed := map[string]bool{}, false
 		for in, err := range d.driver.Events(ctx) {
 			if err != nil {
@@ -59,20 +61,33 @@ func (d *Daemon) awaitCrashes(ctx context.Context, rel m3o.Release) (m3o.Instanc
 			case in.ID == "":
 				listed = true
 				continue
-			case in.App != rel.App || in.Release != rel.Version:
-				continue
 			case in.Phase == m3o.Draining:
 				going[in.ID] = true
-			case in.Phase == m3o.Exited && listed && !going[in.ID]:
-				if crashes++; crashes >= trialCrashes {
-					return in, true
-				}
 			}
+			if in.App != rel.App || in.Release != rel.Version || going[in.ID] {
+				continue
+			}
+			n := in.Restarts
+			if in.Phase == m3o.Exited {
+				n++
+			}
+			if first && !listed {
+				before[in.ID] = n
+			}
+			crashes[in.ID] = max(crashes[in.ID], n-before[in.ID])
+			all := 0
+			for _, n := range crashes {
+				all += n
+			}
+			if all < trialCrashes {
+				continue
+			}
+			if rep, err := d.driver.Explain(in.ID); err == nil && in.Phase != m3o.Exited { // it runs again
+				in.Exit, in.OOM = rep.Last.Code, rep.Last.OOM
+			}
+			return in, true
 		}
-		select {
-		case <-ctx.Done():
-		case <-time.After(100 * time.Millisecond):
-		}
+		pause(ctx, 100*time.Millisecond)
 	}
 	return m3o.Instance{}, false
 }
