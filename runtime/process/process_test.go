@@ -4,11 +4,16 @@ package process_test
 
 import (
 	"archive/tar"
+	"bufio"
 	"bytes"
 	"context"
+	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
+	"strings"
 	"syscall"
 	"testing"
 
@@ -60,24 +65,7 @@ func TestDriver(t *testing.T) {
 				d, end = r.serve(t)
 				return d
 			},
-			Leftovers: func(t *testing.T) []string {
-				t.Helper()
-				left, err := filepath.Glob(filepath.Join(r.cfg.Dir, "pids", "*"))
-				if err != nil {
-					t.Fatal(err)
-				}
-				// Its program is run from below Dir.
-				procs, err := filepath.Glob("/proc/[0-9]*/exe")
-				if err != nil {
-					t.Fatal(err)
-				}
-				for _, p := range procs {
-					if exe, err := os.Readlink(p); err == nil && len(exe) > len(r.cfg.Dir) && exe[:len(r.cfg.Dir)] == r.cfg.Dir {
-						left = append(left, p+" "+exe)
-					}
-				}
-				return left
-			},
+			Leftovers: func(t *testing.T) []string { return r.leftovers(t) },
 			Faults: runtimetest.Faults{
 				Kill: map[string]func(*testing.T, m3o.Instance){"instance": func(t *testing.T, in m3o.Instance) {
 					if err := syscall.Kill(r.pid(t, in.ID), syscall.SIGKILL); err != nil {
@@ -100,6 +88,109 @@ func TestDriver(t *testing.T) {
 				FullDisk: func(t *testing.T) func() { return runtimetest.FullDisk(t, filepath.Join(r.cfg.Dir, "logs")) },
 			}}
 	})
+}
+
+// leftovers are records of processes and the processes themselves.
+func (r rig) leftovers(t *testing.T) []string {
+	t.Helper()
+	left, err := filepath.Glob(filepath.Join(r.cfg.Dir, "pids", "*"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	// Its program is run from below Dir.
+	procs, err := filepath.Glob("/proc/[0-9]*/exe")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, p := range procs {
+		if exe, err := os.Readlink(p); err == nil && strings.HasPrefix(exe, r.cfg.Dir) {
+			left = append(left, p+" "+exe)
+		}
+	}
+	return left
+}
+
+// TestMain makes the test binary be a daemon that a test kills.
+func TestMain(m *testing.M) {
+	if dir := os.Getenv("M3O_PROCESS_DAEMON"); dir != "" {
+		if err := daemon(rig{process.Config{Dir: dir, Images: os.Getenv("M3O_PROCESS_IMAGES")}, os.Getenv("M3O_PROCESS_IMAGE")}); err != nil {
+			fmt.Println(err)
+			os.Exit(1)
+		}
+	}
+	os.Exit(m.Run())
+}
+
+func (r rig) workload() runtime.Workload {
+	return runtime.Workload{Ref: runtime.Ref{App: "hello", Process: "web", Release: 1}, Image: r.image, Args: []string{"/server", "serve"}, Port: 8080}
+}
+
+// daemon says "ready" when two instances are, and serves until it is killed.
+func daemon(r rig) error {
+	ctx := context.Background()
+	d, err := process.Open(r.cfg)
+	if err != nil {
+		return err
+	}
+	served := make(chan error, 1)
+	go func() { served <- d.Serve(ctx) }()
+	if err := d.Start(ctx, r.workload(), 2); err != nil {
+		return err
+	}
+	if _, err := runtime.WaitReady(ctx, d, r.workload().Ref, 2, nil); err != nil {
+		return err
+	}
+	fmt.Println("ready")
+	return <-served
+}
+
+// Nobody reads the output of what a killed daemon leaves, and nobody would end it.
+func TestWhatAKilledDaemonLeavesIsEndedAndStartedAnew(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	cmd := exec.Command("/proc/self/exe")
+	cmd.Env = append(os.Environ(), "M3O_PROCESS_DAEMON="+r.cfg.Dir, "M3O_PROCESS_IMAGES="+r.cfg.Images, "M3O_PROCESS_IMAGE="+r.image)
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	said, err := bufio.NewReader(out).ReadString('\n')
+	if kerr := cmd.Process.Kill(); kerr != nil {
+		t.Error(kerr)
+	}
+	_ = cmd.Wait() // it was killed
+	if said != "ready\n" {
+		t.Fatalf("the daemon says %q, %v", said, err)
+	}
+	before := r.leftovers(t)
+	if len(before) != 4 { // two records, two processes
+		t.Fatalf("the killed daemon leaves %q", before)
+	}
+	d, end := r.serve(t)
+	defer func() { end() }()
+	ins, err := runtime.WaitReady(t.Context(), d, r.workload().Ref, 2, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, in := range ins {
+		if !slices.Contains(before, filepath.Join(r.cfg.Dir, "pids", in.ID)) {
+			t.Errorf("%s was not there before", in.ID)
+		}
+	}
+	for _, p := range r.leftovers(t) {
+		if strings.HasPrefix(p, "/proc/") && slices.Contains(before, p) {
+			t.Errorf("%s runs still", p)
+		}
+	}
+	if err := d.Stop(t.Context(), r.workload().Ref); err != nil {
+		t.Fatal(err)
+	}
+	if left := r.leftovers(t); len(left) > 0 {
+		t.Errorf("left: %q", left)
+	}
 }
 
 // pid is the process of an instance.
