@@ -193,7 +193,7 @@ func Open(ctx context.Context, cfg Config) (*Builder, error) {
 	if err := containerdlog.SetLevel("error"); err != nil {
 		return nil, fmt.Errorf("quieten the content store: %w", err)
 	}
-	b := &Builder{cfg: cfg, log: cfg.Log, builds: &queue{free: cfg.Concurrency}, changed: make(chan struct{}), pins: map[digest.Digest]int{}}
+	b := &Builder{cfg: cfg, log: cfg.Log, builds: &queue{free: cfg.Concurrency, idle: make(chan struct{}, 1)}, changed: make(chan struct{}), pins: map[digest.Digest]int{}}
 	for _, d := range []string{b.dir("buildkit"), b.dir("toolchains"), b.Images()} {
 		if err := os.MkdirAll(d, 0o755); err != nil {
 			return nil, fmt.Errorf("open builder: %w", err)
@@ -270,6 +270,8 @@ func (b *Builder) openSupervised(ctx context.Context) error {
 func (b *Builder) dir(name string) string { return filepath.Join(b.cfg.Dir, name) }
 
 func (b *Builder) socket() string { return b.dir("buildkit/buildkitd.sock") }
+
+func (b *Builder) debugSocket() string { return b.dir("buildkit/debug.sock") }
 
 // Images is the OCI image layout that Build writes into: oci-layout,
 // index.json and blobs/sha256. Images are read from it by digest.

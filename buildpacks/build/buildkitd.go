@@ -59,6 +59,9 @@ func (b *Builder) Run(ctx context.Context) (err error) {
 		watching.Go(func() { b.guard.run(ctx, b.builds.busy) })
 		defer watching.Wait()
 	}
+	var resting sync.WaitGroup
+	resting.Go(func() { b.giveBack(ctx) })
+	defer resting.Wait()
 	pause := firstPause
 	for ctx.Err() == nil {
 		began := time.Now()
@@ -95,7 +98,7 @@ func (b *Builder) clean(ctx context.Context) error {
 	if b.network != nil {
 		errs = append(errs, b.network.down())
 	}
-	for _, f := range []string{b.pidfile(), b.socket()} {
+	for _, f := range []string{b.pidfile(), b.socket(), b.debugSocket()} {
 		if err := os.Remove(f); err != nil && !errors.Is(err, os.ErrNotExist) {
 			errs = append(errs, err)
 		}
@@ -300,7 +303,7 @@ func (b *Builder) writeConfig() error {
 	q := func(s string) string { j, _ := json.Marshal(s); return string(j) } // a string always marshals
 	line := func(format string, args ...any) { fmt.Fprintf(&w, format+"\n", args...) }
 	line("root = %s", q(b.dir("buildkit/root")))
-	line("[grpc]\naddress = [%s]\nuid = %d\ngid = %d", q("unix://"+b.socket()), os.Getuid(), os.Getgid())
+	line("[grpc]\naddress = [%s]\ndebugAddress = %s\nuid = %d\ngid = %d", q("unix://"+b.socket()), q("unix://"+b.debugSocket()), os.Getuid(), os.Getgid())
 	line("[otel]\nsocketPath = %s", q(b.dir("buildkit/otel.sock")))
 	line("[cdi]\ndisabled = true")
 	line("[history]\nmaxAge = 86400\nmaxEntries = 50")

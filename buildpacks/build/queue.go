@@ -17,6 +17,7 @@ type queue struct {
 	running map[string]int // by user
 	last    map[string]int // by user: the value of served when their last build began
 	waiting []*ticket
+	idle    chan struct{} // gets a value when the last that runs ends; nil for nobody
 }
 
 type ticket struct {
@@ -75,6 +76,12 @@ func (q *queue) leave(user string) {
 		delete(q.running, user)
 	}
 	q.next()
+	if len(q.running) == 0 {
+		select {
+		case q.idle <- struct{}{}:
+		default:
+		}
+	}
 }
 
 // next gives free turns to those whose they are. Called with mu held.
