@@ -25,6 +25,8 @@ var epoch = time.Unix(1_000_000_000, 0).UTC()
 // compressing one costs ten times what writing it does, and it never leaves
 // the machine in this form.
 type layer struct {
+	cs   content.Store
+	ref  string
 	w    content.Writer
 	tw   *tar.Writer
 	n    int64
@@ -32,7 +34,7 @@ type layer struct {
 }
 
 // newLayer begins a layer. ref names the unfinished write; two at once need two names.
-func newLayer(ctx context.Context, cs content.Ingester, ref string) (*layer, error) {
+func newLayer(ctx context.Context, cs content.Store, ref string) (*layer, error) {
 	w, err := content.OpenWriter(ctx, cs, content.WithRef(ref), content.WithDescriptor(v1.Descriptor{MediaType: v1.MediaTypeImageLayer}))
 	if err != nil {
 		return nil, fmt.Errorf("write layer: %w", err)
@@ -42,7 +44,7 @@ func newLayer(ctx context.Context, cs content.Ingester, ref string) (*layer, err
 		_ = w.Close()
 		return nil, fmt.Errorf("write layer: %w", err)
 	}
-	l := &layer{w: w, dirs: map[string]bool{}}
+	l := &layer{cs: cs, ref: ref, w: w, dirs: map[string]bool{}}
 	l.tw = tar.NewWriter(l)
 	return l, nil
 }
@@ -90,6 +92,13 @@ func (l *layer) commit(ctx context.Context) (v1.Descriptor, error) {
 		return v1.Descriptor{}, fmt.Errorf("write layer: %w", err)
 	}
 	d := v1.Descriptor{MediaType: v1.MediaTypeImageLayer, Digest: l.w.Digest(), Size: l.n}
+	// The store would sync the copy to disk before it finds out that it has
+	// one. Its Close syncs, too: what is empty takes no time.
+	if ok, err := content.Exists(ctx, l.cs, d); err == nil && ok {
+		_ = l.w.Truncate(0)
+		l.close()
+		return d, l.cs.Abort(ctx, l.ref)
+	}
 	if err := l.w.Commit(ctx, l.n, d.Digest); err != nil && !errdefs.IsAlreadyExists(err) {
 		return v1.Descriptor{}, fmt.Errorf("write layer: %w", err)
 	}
