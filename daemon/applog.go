@@ -203,7 +203,7 @@ func (d *Daemon) accessLog(ctx context.Context) error {
 				continue
 			}
 			if r.Dropped > dropped {
-				d.logs.print(r.App, sourceRouter, 'e', fmt.Sprintf("%d requests, of all apps, got no line here: there were too many at once", r.Dropped-dropped))
+				d.logs.print(r.App, sourceRouter, 'e', fmt.Sprintf("%s, of all apps, got no line here: there were too many at once", count(int(r.Dropped-dropped), "request")))
 				dropped = r.Dropped
 			}
 			d.logs.print(r.App, sourceRouter, 'o', accessLine(r.Record, d.routes.instanceAt(r.App, r.Endpoint)))
@@ -277,7 +277,10 @@ func (d *Daemon) keepLogs() runtime.Retention {
 func (d *Daemon) upkeep(ctx context.Context) error {
 	t := time.NewTicker(time.Minute)
 	defer t.Stop()
-	for {
+	for n := 0; ; n++ {
+		if n%60 == 59 { // what was built and never released is young until then
+			d.prune(ctx)
+		}
 		if err := d.logs.files.Trim(d.keepLogs(), func(string) bool { return true }); err != nil {
 			d.log.Warn("cannot remove old logs", "err", err)
 		}

@@ -128,6 +128,7 @@ func (d *Daemon) destroyApp(ctx context.Context, app string) error {
 	}
 	d.routes.destroy(app)
 	d.log.Info("app destroyed", "app", app)
+	d.background(d.prune)
 	return nil
 }
 

@@ -81,6 +81,7 @@ type Daemon struct {
 	notify    *notifications
 
 	imagesMu sync.RWMutex // read: an image is made that no release names yet; write: images are removed
+	pruned   pruned
 
 	routerDied chan struct{} // gets a token when a router we started ends
 	ssh        net.Listener

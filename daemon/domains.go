@@ -247,8 +247,8 @@ func (d *Daemon) loadHosting(ctx context.Context) error {
 }
 
 // resolver asks the configured name servers, the system's when there are none.
-func (d *Daemon) resolver() *net.Resolver {
-	servers := d.cfg.resolvers()
+func (c *Config) resolver() *net.Resolver {
+	servers := c.resolvers()
 	if len(servers) == 0 {
 		return net.DefaultResolver
 	}
@@ -272,7 +272,7 @@ func (d *Daemon) addresses(ctx context.Context) []string {
 	}
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
-	found, err := d.resolver().LookupHost(ctx, "api."+d.cfg.Domain)
+	found, err := d.cfg.resolver().LookupHost(ctx, "api."+d.cfg.Domain)
 	if err != nil {
 		d.log.Warn("look up own domain", "host", "api."+d.cfg.Domain, "err", err)
 	}
@@ -291,7 +291,7 @@ func (d *Daemon) lookup(ctx context.Context, name string, want []string) (state 
 	}
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
-	found, err := d.resolver().LookupHost(ctx, name)
+	found, err := d.cfg.resolver().LookupHost(ctx, name)
 	if err != nil || len(found) == 0 {
 		return "missing", nil
 	}

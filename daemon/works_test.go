@@ -43,6 +43,7 @@ type pretend struct {
 	next    string      // the base that a fetched toolchain has
 	sbom    string
 	onward  func(ctx context.Context, r build.Request) error // decides how a build ends; nil: well
+	prune   func(keep []string) error                        // is told what Prune is to keep; nil: nothing
 }
 
 func (p *pretend) Build(ctx context.Context, r build.Request) (build.Result, error) {
@@ -68,10 +69,15 @@ func (p *pretend) Fetch(_ context.Context, version string, _ func(string, ...any
 	p.now = build.Basis{Toolchain: version, Base: p.next}
 	return nil
 }
-func (p *pretend) Run(ctx context.Context) error         { <-ctx.Done(); return nil }
-func (p *pretend) Ready(context.Context) error           { return nil }
-func (p *pretend) Prune(context.Context, []string) error { return nil }
-func (p *pretend) Images() string                        { return "" }
+func (p *pretend) Run(ctx context.Context) error { <-ctx.Done(); return nil }
+func (p *pretend) Ready(context.Context) error   { return nil }
+func (p *pretend) Prune(_ context.Context, keep []string) error {
+	if p.prune != nil {
+		return p.prune(keep)
+	}
+	return nil
+}
+func (p *pretend) Images() string { return "" }
 
 // commits are what was built, app and commit.
 func (p *pretend) commits() []string {

@@ -10,7 +10,8 @@ import (
 func doctorCommands() []*command {
 	return []*command{{name: "doctor", group: "Help", run: runDoctor,
 		short: "Examine the server and say how to mend what is wrong (admins)",
-		long:  "The exit status is 1 when something has to be mended. On the server itself, m3od doctor does the same without a daemon."}}
+		long: `The exit status is 0 when nothing has to be mended (there may be warnings), 1 when something has to be, or the server could not be
+asked. On the server itself, m3od doctor does the same without a daemon.`}}
 }
 
 func runDoctor(ctx context.Context, c *call) error {

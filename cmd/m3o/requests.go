@@ -123,7 +123,7 @@ func (c *call) followRequests(ctx context.Context, app string, cl *client) error
 	missed := int64(0)
 	return receive(ctx, cl, true, stream, err, func(m *m3ov1.FollowRequestsResponse) error {
 		if m.GetMissed() > missed {
-			c.say("m3o: warning: %d requests were missed: they come faster than they can be shown", m.GetMissed()-missed)
+			c.say("m3o: warning: requests were missed, %d so far: they come faster than they can be shown", m.GetMissed())
 			missed = m.GetMissed()
 		}
 		if c.has("json") {

@@ -4,7 +4,9 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"fmt"
 	"net"
+	"os"
 	"strings"
 	"testing"
 
@@ -34,7 +36,7 @@ func TestDoctorNamesWhatToMend(t *testing.T) {
 		states[f.Check] += f.State + " " + f.Msg + "\n"
 	}
 	for check, want := range map[string]string{
-		"ports":    "fail http: another program listens on " + ln.Addr().String(),
+		"ports":    fmt.Sprintf("(process %d) listens on %s", os.Getpid(), ln.Addr()),
 		"programs": "fail m3o cannot be run",
 		"kernel":   "ok Linux ",
 		"disk":     "free at",

@@ -104,7 +104,8 @@ func usage(w io.Writer, f *flag.FlagSet) {
 	fmt.Fprint(w, `m3od is the m3o daemon.
 
 Usage: m3od [flags]
-       m3od doctor [--json] [flags]   examine this host, and say how to mend what is wrong
+       m3od doctor [--json] [flags]   examine this host, and say how to mend what is wrong;
+                                      exit status 0: nothing to mend, 1: something is, 2: wrong settings
 
 Every flag is also a variable M3O_<FLAG> (M3O_HTTPS for --https, M3O_BUILD_TIMEOUT
 for --build-timeout) and a key of the configuration file.

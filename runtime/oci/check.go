@@ -122,10 +122,11 @@ func (d *Driver) checkSubnet() []Problem {
 			continue
 		}
 		if p := netip.PrefixFrom(ip.Unmap(), bits); p.Overlaps(d.cfg.Subnet) {
-			if l, err := d.net.nl.LinkByIndex(r.LinkIndex); err != nil || strings.HasPrefix(l.Attrs().Name, d.net.prefix) {
+			l, err := d.net.nl.LinkByIndex(r.LinkIndex)
+			if err != nil || strings.HasPrefix(l.Attrs().Name, d.net.prefix) {
 				continue
 			}
-			all = append(all, Problem{fmt.Sprintf("the network %s of this host overlaps %s, where apps get their addresses", p, d.cfg.Subnet),
+			all = append(all, Problem{fmt.Sprintf("the network %s of this host (device %s) overlaps %s, where apps get their addresses: one of the two cannot be reached", p, l.Attrs().Name, d.cfg.Subnet),
 				"choose a network that nothing here uses with --subnet, such as 10.213.0.0/16 (ip route shows those in use)"})
 		}
 	}

@@ -194,7 +194,7 @@ func TestSubnetThatOverlapsARouteOfTheHost(t *testing.T) {
 	check := func(subnet string) string {
 		return problems(Check(t.Context(), Config{Name: "m3ot", Runc: need.Bin(t, "runc"), Shim: "/bin/true", Subnet: netip.MustParsePrefix(subnet)}))
 	}
-	if got := check("198.18.0.0/16"); !strings.Contains(got, "the network 198.18.7.0/24 of this host overlaps 198.18.0.0/16") || !strings.Contains(got, "--subnet") {
+	if got := check("198.18.0.0/16"); !strings.Contains(got, "the network 198.18.7.0/24 of this host (device m3otlan) overlaps 198.18.0.0/16") || !strings.Contains(got, "--subnet") {
 		t.Errorf("%q", got)
 	}
 	if got := check("198.19.0.0/16"); strings.Contains(got, "overlaps") {
