@@ -152,7 +152,8 @@ func (c *calm) take() bool {
 }
 
 // write sends p to the client, and after the frame that is on its way the
-// good-bye, if it is time for that.
+// good-bye, if it is time for that. What comes later is dropped without an
+// error, upon which the server would close the connection while end reads.
 func (c *calm) write(conn net.Conn, p []byte) (int, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -166,7 +167,7 @@ func (c *calm) write(conn net.Conn, p []byte) (int, error) {
 	}
 	if c.over.Load() {
 		c.goodbye(conn)
-		return sent, errFlood
+		return len(p), nil
 	}
 	n, err := conn.Write(p)
 	for rest := p[:n]; len(rest) > 0; {
