@@ -95,7 +95,7 @@ var hogs = []struct{ kind, what string }{
 func (b *bench) neighbours(ctx context.Context, sec *section) error {
 	ratios, before, beside := map[string][]float64{}, map[string][]float64{}, map[string][]float64{}
 	for range min(b.rounds, 3) {
-		m, err := b.benchmarks(ctx, "^BenchmarkNeighbour$", "600x")
+		m, err := b.benchmarks(ctx, "^BenchmarkNeighbour$", "2000x")
 		if err != nil {
 			return err
 		}
@@ -112,7 +112,7 @@ func (b *bench) neighbours(ctx context.Context, sec *section) error {
 		sec.add(row{What: "p99 beside an app that takes " + h.kind, Budget: "≤ 2×", Measured: fmt.Sprintf("%.1f ms", middle(beside[h.kind])/1000),
 			Reference: fmt.Sprintf("right before %.1f ms", middle(before[h.kind])/1000), Ratio: fmt.Sprintf("%.2f×", middle(ratios[h.kind])), Met: verdict(middle(ratios[h.kind]) <= 2)})
 	}
-	sec.note("An app is asked 200 times a second while another one on the machine takes all it can: " + hogList() + ". Its p99 is held against that of the three seconds before. Medians of the rounds.")
+	sec.note("An app is asked 200 times a second while another one on the machine takes all it can: " + hogList() + ". Its p99 is held against that of the ten seconds before. Medians of the rounds.")
 	return nil
 }
 
