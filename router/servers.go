@@ -12,6 +12,8 @@ import (
 	"golang.org/x/net/http2"
 )
 
+//lint:file-ignore SA1019 its successor is net/http, which serves no guarded connection inside TLS
+
 // server is net/http's with the router's limits. HTTP/2 inside TLS does not go
 // through net/http, which would take no connection for it but a *tls.Conn: none
 // that is guarded.
