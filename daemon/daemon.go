@@ -14,6 +14,7 @@ import (
 	"os"
 	"strconv"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/m3o/m3o"
@@ -82,6 +83,7 @@ type Daemon struct {
 
 	imagesMu sync.RWMutex // read: an image is made that no release names yet; write: images are removed
 	pruned   pruned
+	stopping atomic.Bool // the router has ended or is about to, and every app
 
 	routerDied chan struct{} // gets a token when a router we started ends
 	ssh        net.Listener
@@ -282,6 +284,7 @@ func (d *Daemon) Run(ctx context.Context, ready func(Ready)) error {
 	})
 	err = s.Run(ctx)
 	if d.cfg.StopApps {
+		d.stopping.Store(true)
 		sctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Minute)
 		defer cancel()
 		err = errors.Join(err, d.stopRouter(sctx), d.driver.Shutdown(sctx))

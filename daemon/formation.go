@@ -220,6 +220,9 @@ func (d *Daemon) follow(ctx context.Context, live m3o.Release, f release.Formati
 // returns when the router sends it nothing more and what was sent has been
 // answered, or after the drain time.
 func (d *Daemon) drainInstance(ctx context.Context, in m3o.Instance) {
+	if d.stopping.Load() {
+		return // the router, which has ended before, would never answer
+	}
 	d.peers.tellSoon(ctx) // so that no name leads to it
 	if in.Process != webProcess {
 		return

@@ -301,3 +301,11 @@ func TestOldListTakesNoReadyInstanceBack(t *testing.T) {
 		t.Errorf("told is %+v, want that three is new and two is gone", changed)
 	}
 }
+
+// TestCtrlCDoesNotWaitForARouterThatHasEnded: with --stop-apps the router ends
+// first, and each instance then waited the whole drain time for its answer.
+func TestCtrlCDoesNotWaitForARouterThatHasEnded(t *testing.T) {
+	d := &Daemon{cfg: Config{Drain: time.Hour}}
+	d.stopping.Store(true)
+	d.drainInstance(t.Context(), m3o.Instance{App: "app", Process: webProcess, Phase: m3o.Draining})
+}
