@@ -74,19 +74,26 @@ func daemonWithRouter(t *testing.T, dir, version string, httpAddr, httpsAddr str
 	return d
 }
 
-// The daemon asked a retiring router and the one that serves within the same
-// two seconds. When the first hung, it took the second for gone, removed its
-// socket and could not start for its ports.
-func TestDaemonFindsItsRouterBesideOneThatHangs(t *testing.T) {
-	dir, err := os.MkdirTemp("", "m3o-fleet-") // short: it holds sockets
+// fleetPlace is a directory for routers, short as it holds sockets, and the two
+// addresses that they hand to each other.
+func fleetPlace(t *testing.T) (dir string, addrs []string) {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "m3o-fleet-")
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = os.RemoveAll(dir) })
-	addrs, err := need.Addrs(2)
-	if err != nil {
+	if addrs, err = need.Addrs(2); err != nil {
 		t.Fatal(err)
 	}
+	return dir, addrs
+}
+
+// The daemon asked a retiring router and the one that serves within the same
+// two seconds. When the first hung, it took the second for gone, removed its
+// socket and could not start for its ports.
+func TestDaemonFindsItsRouterBesideOneThatHangs(t *testing.T) {
+	dir, addrs := fleetPlace(t)
 	before, err := daemonWithRouter(t, dir, "one", addrs[0], addrs[1]).router.Status(t.Context())
 	if err != nil {
 		t.Fatal(err)
@@ -106,15 +113,7 @@ func TestDaemonFindsItsRouterBesideOneThatHangs(t *testing.T) {
 }
 
 func TestNewDaemonBringsANewRouterAndNoRequestFails(t *testing.T) {
-	dir, err := os.MkdirTemp("", "m3o-fleet-") // short: it holds sockets
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = os.RemoveAll(dir) })
-	addrs, err := need.Addrs(2)
-	if err != nil {
-		t.Fatal(err)
-	}
+	dir, addrs := fleetPlace(t)
 	httpAddr, httpsAddr := addrs[0], addrs[1]
 	app := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { _, _ = io.WriteString(w, "hi") }))
 	t.Cleanup(app.Close)
